@@ -1,0 +1,90 @@
+"""The plain types that every part of the project hands to the next.
+
+Boxes are ``x1 y1 x2 y2`` in pixels everywhere inside the project: pixels of the original image in a `Sample`,
+pixels of the network's input in `Targets` and `Detections`. A `Letterbox` leads from one to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Fault(ValueError):
+    """Something the user gave is wrong. One line a problem: where, what was found, what would be right.
+
+    Raised at gates only (YAML, labels, checkpoints, options). Doors print the lines and exit with code 2.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image on disk: boxes ``[M, 4]`` float32 in pixels of the original image, labels ``[M]`` int64."""
+
+    path: Path
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How an image of ``width x height`` was scaled and padded into the network's input.
+
+    ``x_network = x_original * scale + pad_x``, likewise y.
+    """
+
+    width: int
+    height: int
+    scale: float
+    pad_x: int
+    pad_y: int
+
+    def to_network(self, boxes: np.ndarray) -> np.ndarray:
+        return boxes * self.scale + np.array([self.pad_x, self.pad_y] * 2, dtype=np.float32)
+
+    def to_original(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes ``[M, 4]`` back in pixels of the original image, clipped to it."""
+        moved = (boxes - np.array([self.pad_x, self.pad_y] * 2, dtype=np.float32)) / self.scale
+        return moved.clip(0, np.array([self.width, self.height] * 2, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a batch should find: boxes ``[M, 4]`` float32, labels ``[M]`` int64, the image ``[M]`` int64 each is in."""
+
+    boxes: Tensor
+    labels: Tensor
+    image_index: Tensor
+
+    def to(self, device: torch.device | str) -> Targets:
+        return Targets(self.boxes.to(device), self.labels.to(device), self.image_index.to(device))
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image: boxes ``[K, 4]``, scores ``[K]`` in [0, 1] falling, labels ``[K]`` int64."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images ``[N, 3, S, S]`` uint8 RGB with their targets; one letterbox and one sample index an image."""
+
+    images: Tensor
+    targets: Targets
+    letterboxes: tuple[Letterbox, ...]
+    indices: tuple[int, ...]

@@ -1,0 +1,134 @@
+"""The one checkpoint format: tensors, the model's YAML text and plain values. Nothing in it can run code.
+
+A file loads with ``weights_only=True`` and survives any rename of our classes, since it names none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.structures import Fault
+from models.network import Network, build
+from models.parse import dump, parse_text
+from models.spec import ModelSpec
+
+FORMAT = "oneshot-yolo 1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file, read and checked. `training` is what a resume needs, None in weights made for use."""
+
+    path: Path
+    spec: ModelSpec
+    yaml: str
+    names: tuple[str, ...]
+    imgsz: int
+    state: dict[str, Tensor]
+    training: dict[str, Any] | None
+    plain: dict[str, Any]
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    network: Network,
+    names: Sequence[str],
+    *,
+    imgsz: int,
+    training: Mapping[str, Any] | None = None,
+    **plain: Any,
+) -> None:
+    """Writes `network` with its YAML to a temporary file and moves it into place."""
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+    content = {
+        "format": FORMAT,
+        "yaml": dump(network.spec),
+        "names": list(names),
+        "imgsz": imgsz,
+        "state": state,
+        "training": dict(training) if training is not None else None,
+        "plain": plain,
+    }
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a checkpoint of ours onto the CPU. Raises `Fault` for anything else, and never runs what is in it."""
+    path = Path(path)
+    if not path.is_file():
+        raise Fault(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise Fault(f"{path}: holds Python objects, not just tensors and text; it was not opened") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
+        raise Fault(f"{path}: not a whole checkpoint ({str(problem).splitlines()[0][:120]})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise Fault(f"{path}: not a checkpoint of this program (format {FORMAT!r})")
+    return Checkpoint(
+        path,
+        parse_text(content["yaml"], f"{path}[yaml]"),
+        content["yaml"],
+        tuple(content["names"]),
+        int(content["imgsz"]),
+        content["state"],
+        content["training"],
+        content["plain"],
+    )
+
+
+def restore(checkpoint: Checkpoint) -> Network:
+    """The network of a checkpoint with its weights, in eval mode."""
+    network = build(checkpoint.spec)
+    wanted = network.state_dict()
+    wrong = [
+        key
+        for key in wanted.keys() | checkpoint.state.keys()
+        if key not in wanted or key not in checkpoint.state or wanted[key].shape != checkpoint.state[key].shape
+    ]
+    if wrong:
+        raise Fault(f"{checkpoint.path}: {len(wrong)} tensors do not fit its own YAML, such as {sorted(wrong)[0]!r}")
+    network.load_state_dict(checkpoint.state)
+    return network.eval()
+
+
+def warm_start(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Copies what fits by name and shape; returns the names of `network` that were loaded, and those that were not.
+
+    A supernet takes the tensors of a plain network: every option of a norm and every candidate block gets a copy, and
+    a kernel that is too small goes into the centre of the larger one, with zeros around it: the function stays the
+    plain network's.
+    """
+    loaded, missing = [], []
+    for name, tensor in network.state_dict().items():
+        source = state.get(name, state.get(re.sub(r"\.(norms|candidates)\.\d+(?=\.)", "", name)))
+        if source is None:
+            missing.append(name)
+            continue
+        if source.shape != tensor.shape and source.shape[:2] == tensor.shape[:2] and source.dim() == tensor.dim() == 4:
+            margin = (tensor.shape[-1] - source.shape[-1]) // 2
+            if margin > 0:
+                source = F.pad(source, [margin] * 4)
+        if source.shape != tensor.shape:
+            missing.append(name)
+            continue
+        with torch.no_grad():
+            tensor.copy_(source)
+        loaded.append(name)
+    return loaded, missing

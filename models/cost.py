@@ -1,0 +1,66 @@
+"""Parameters and multiply-adds, exact and without weights: everything here runs on the ``meta`` device.
+
+MACs are the multiply-adds of convolutions and matrix products (half of what torch's FlopCounterMode counts); norms,
+activations and pooling are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.graph import Graph, Node
+from models.network import Network, build_plain
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """What one row costs for one image: parameters, multiply-adds, and its output's shape without the batch."""
+
+    params: int
+    macs: int
+    shape: tuple[int, ...]
+
+
+def network_costs(graph: Graph, imgsz: int, supernet: str | None = None) -> list[RowCost]:
+    """The cost of every row at ``imgsz x imgsz``, in the order of the rows. A supernet is counted as it is active."""
+    with torch.device("meta"):
+        network = Network(graph, supernet).eval()
+        held: dict[int, Any] = {-1: torch.empty(1, 3, imgsz, imgsz)}
+    costs = []
+    for node, layer in zip(graph.nodes, network.layers, strict=True):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            held, _ = network.run([node.index], held)
+        y = held[node.index] if node.index in held else None
+        if isinstance(y, list):  # a head's levels: cells of all of them, numbers a cell
+            cells = sum(level.numel() // level.shape[-1] for level in y)
+            shape: tuple[int, ...] = (cells, y[0].shape[-1])
+        else:
+            shape = tuple(y.shape[1:]) if y is not None else ()
+        costs.append(RowCost(count_params(layer), counter.get_total_flops() // 2, shape))
+    return costs
+
+
+def row_cost(node: Node, picks: dict[str, Any], imgsz: int) -> RowCost:
+    """The cost of one row with its choices picked."""
+    with torch.device("meta"):
+        module = build_plain(node, picks).eval()
+        maps = [torch.empty(1, s.channels, imgsz // s.stride, imgsz // s.stride) for s in node.inputs]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y = module(maps if node.op.many else maps[0])
+    shape = tuple(y.shape[1:]) if isinstance(y, torch.Tensor) else ()
+    return RowCost(count_params(module), counter.get_total_flops() // 2, shape)
+
+
+def count_params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def totals(costs: Sequence[RowCost]) -> tuple[int, int]:
+    """Parameters and MACs of all rows."""
+    return sum(cost.params for cost in costs), sum(cost.macs for cost in costs)

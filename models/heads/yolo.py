@@ -1,0 +1,142 @@
+"""The anchor head of YOLOv3 to v7: forward, loss and decode together.
+
+Decode and assignment are those of YOLOv4/v5: a cell's box centre may move half a cell over its edge, sizes are at most
+four times the anchor, and an anchor answers for every box that is at most four times larger or smaller in each
+direction, in the cell of the box's centre and in its two nearest neighbours.
+
+Shape letters: N images, A anchors a level, H W cells, K = 5 + classes, M boxes, P matched (cell, anchor, box) triples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.structures import Targets
+from models.boxes import complete_iou, cxcywh_to_xyxy
+from models.registry import Shape, register_op
+from models.spec import Anchors
+
+LARGEST_RATIO = 4.0  # of a box to its anchor, in width and height; also the bound that decode can reach
+BOX, OBJECTNESS, CLASS = 0.05, 1.0, 0.5  # gains of yolov5, meant for 3 levels, 640 pixels and 80 classes
+BALANCE = {3: (4.0, 1.0, 0.4)}  # objectness weight of a level, finest first; its cells are many and mostly empty
+BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
+
+
+def detect_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    anchors = args["anchors"]
+    if not isinstance(anchors, int) and len(anchors) != len(inputs):
+        raise ValueError(f"anchors are given for {len(anchors)} levels, but the head reads {len(inputs)}")
+    return Shape(0, inputs[0].stride, "maps")
+
+
+@register_op(infer=detect_shape, many=True)
+class Detect(nn.Module):
+    """Boxes, objectness and classes from anchors on every level.
+
+    Shape: ``[[N, C_i, H_i, W_i], ...] -> [[N, A, H_i, W_i, K], ...]``, logits.
+    """
+
+    def __init__(self, inputs: Sequence[Shape], num_classes: int, anchors: Anchors) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.strides = tuple(shape.stride for shape in inputs)
+        self.fitted = not isinstance(anchors, int)
+        self.num_anchors = anchors if isinstance(anchors, int) else len(anchors[0]) // 2
+        sizes = torch.tensor([]) if isinstance(anchors, int) else torch.tensor(anchors).view(len(inputs), -1, 2)
+        self.register_buffer("anchors", sizes, persistent=False)  # [levels, A, 2] pixels; the YAML keeps them
+        self.m = nn.ModuleList(nn.Conv2d(shape.channels, self.num_anchors * (5 + num_classes), 1) for shape in inputs)
+        for layer, stride in zip(self.m, self.strides, strict=True):
+            if layer.bias is None or layer.bias.is_meta:
+                continue
+            with torch.no_grad():  # start near the truth: about 8 objects in an image of 640 pixels, 0.6 of a class
+                bias = layer.bias.view(self.num_anchors, -1)
+                bias[:, 4] += math.log(8 / (640 / stride) ** 2)
+                bias[:, 5:] += math.log(0.6 / max(num_classes - 0.99, 0.6))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        outputs = []
+        for layer, x in zip(self.m, maps, strict=True):
+            n, _, height, width = x.shape
+            y = layer(x).view(n, self.num_anchors, 5 + self.num_classes, height, width)
+            outputs.append(y.permute(0, 1, 3, 4, 2).contiguous())
+        return outputs
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Boxes ``[N, cells, 4]`` in pixels of the input and class scores ``[N, cells, classes]`` in [0, 1]."""
+        boxes, scores = [], []
+        for level, (logits, stride) in enumerate(zip(outputs, self.strides, strict=True)):
+            n, _, height, width, _ = logits.shape
+            y = logits.sigmoid()
+            rows = torch.arange(height, device=y.device, dtype=y.dtype)
+            columns = torch.arange(width, device=y.device, dtype=y.dtype)
+            grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # [H, W, 2] as x y
+            centre = (y[..., :2] * 2 - 0.5 + grid) * stride
+            size = (y[..., 2:4] * 2) ** 2 * self.anchors[level].to(y.dtype)[:, None, None]
+            boxes.append(cxcywh_to_xyxy(torch.cat((centre, size), dim=-1)).reshape(n, -1, 4))
+            scores.append((y[..., 4:5] * y[..., 5:]).reshape(n, -1, self.num_classes))
+        return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
+
+    def loss(self, outputs: Sequence[Tensor], targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch, and its parts. CIoU + BCE objectness (target: the IoU reached) + BCE class."""
+        assert self.fitted, "anchors are fitted before training starts"
+        zero = outputs[0].new_zeros(())
+        box, objectness, classes = zero, zero, zero
+        levels = len(outputs)
+        balance = BALANCE.get(levels, BALANCE_OTHER)
+        for level, logits in enumerate(outputs):
+            goal = torch.zeros_like(logits[..., 4])
+            image, anchor, row, column, found = self.assign(targets, level, logits.shape[2:4])
+            if len(found):
+                picked = logits[image, anchor, row, column]  # [P, K]
+                stride = self.strides[level]
+                centre = picked[:, :2].sigmoid() * 2 - 0.5 + torch.stack((column, row), dim=1)
+                size = (picked[:, 2:4].sigmoid() * 2) ** 2 * self.anchors[level][anchor] / stride
+                predicted = cxcywh_to_xyxy(torch.cat((centre, size), dim=1))
+                iou, ciou = complete_iou(predicted, targets.boxes[found].to(predicted) / stride)
+                box = box + (1 - ciou).mean()
+                order = iou.detach().argsort()  # where boxes share a cell, the best one stays
+                cells = image[order], anchor[order], row[order], column[order]
+                goal[cells] = iou.detach()[order].to(goal.dtype)
+                if self.num_classes > 1:
+                    truth = F.one_hot(targets.labels[found], self.num_classes).to(picked.dtype)
+                    classes = classes + F.binary_cross_entropy_with_logits(picked[:, 5:], truth)
+            objectness = objectness + balance[level] * F.binary_cross_entropy_with_logits(logits[..., 4], goal)
+        # The gains belong to 3 levels, 80 classes and 640 pixels; fewer cells or classes weigh less.
+        pixels = outputs[0].shape[2] * outputs[0].shape[3] * self.strides[0] ** 2
+        share = 3 / levels
+        box = box * BOX * share
+        objectness = objectness * OBJECTNESS * share * pixels / 640**2
+        classes = classes * CLASS * share * self.num_classes / 80
+        parts = {"box": box.detach(), "obj": objectness.detach(), "cls": classes.detach()}
+        return box + objectness + classes, parts
+
+    def assign(
+        self, targets: Targets, level: int, grid: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Who answers for what on a level: image, anchor, row, column and the index of the box, ``[P]`` each."""
+        height, width = int(grid[0]), int(grid[1])
+        stride = self.strides[level]
+        boxes = targets.boxes / stride
+        size = boxes[:, 2:] - boxes[:, :2]
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+        ratio = size[None] / (self.anchors[level] / stride)[:, None]  # [A, M, 2]
+        near = torch.maximum(ratio, 1 / ratio.clamp(min=1e-9)).amax(dim=-1) < LARGEST_RATIO
+        anchor, found = near.nonzero(as_tuple=True)
+        cell = centre[found].floor().long()
+        inside = centre[found] - cell  # [P, 2] in [0, 1)
+        step = torch.where(inside < 0.5, -1, 1)
+        sideways, upright = torch.zeros_like(step), torch.zeros_like(step)
+        sideways[:, 0], upright[:, 1] = step[:, 0], step[:, 1]
+        cell = torch.cat((cell, cell + sideways, cell + upright))
+        anchor, found = anchor.repeat(3), found.repeat(3)
+        # decode reaches from half a cell before a cell's edge to half a cell behind it, and no further
+        edge = torch.tensor((width, height), device=cell.device)
+        keep = ((cell >= 0) & (cell < edge)).all(dim=1)
+        cell, anchor, found = cell[keep], anchor[keep], found[keep]
+        return targets.image_index[found], anchor, cell[:, 1], cell[:, 0], found

@@ -1,0 +1,163 @@
+"""The network: modules in the order of the rows, and the one forward loop that plain networks and supernets share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from data.structures import Fault, Targets
+from models.elastic import IndependentRow
+from models.graph import Graph, Node, combinations, resolve
+from models.ops.primitives import repeat
+from models.spec import Choice, ModelSpec
+
+SUPERNETS = ("shared", "independent")
+MOST_CANDIDATES = 12  # whole blocks side by side in one row of an independent supernet
+
+
+@dataclass(frozen=True)
+class WithAux:
+    """What an op returns that has something to say besides its output: an attention map, a mask, an extra loss."""
+
+    output: Any
+    aux: Any
+
+
+class Network(nn.Module):
+    """A graph with weights. With `supernet`, rows that hold choices are built to hold every option.
+
+    ``shared``: one set of weights serves all options. ``independent``: a block for every combination.
+    Without it, an open choice is a Fault.
+    """
+
+    def __init__(self, graph: Graph, supernet: str | None = None) -> None:
+        super().__init__()
+        assert supernet is None or supernet in SUPERNETS, supernet
+        self.graph = graph
+        self.layers = nn.ModuleList(_build_row(node, supernet) for node in graph.nodes)
+        self._last_use = graph.last_use()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.graph.spec
+
+    @property
+    def num_classes(self) -> int:
+        return self.graph.spec.num_classes
+
+    @property
+    def max_stride(self) -> int:
+        return self.graph.max_stride
+
+    @property
+    def head(self) -> Any:
+        """The last row: forward, loss and decode of the task."""
+        return self.layers[-1]
+
+    def forward(self, images: Tensor) -> tuple[Any, dict[int, Any]]:
+        """Head outputs for images ``[N, 3, H, W]`` in [0, 1], H and W multiples of `max_stride`; auxiliary tensors."""
+        outputs, aux = self.run(range(len(self.layers)), {-1: images})
+        return outputs[len(self.layers) - 1], aux
+
+    def run(self, rows: Iterable[int], outputs: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Runs some rows on the outputs of earlier ones (-1: the images) and returns what later rows still need.
+
+        A row's output is freed after its last use, so a shared trunk is ``run(range(k), ...)`` and any number of
+        continuations of it. `outputs` itself is left as it is.
+        """
+        held, aux = dict(outputs), {}
+        for index in rows:
+            node = self.graph.nodes[index]
+            sources = [held[source] for source in node.sources]
+            y = self.layers[index](sources if node.op.many else sources[0])
+            if isinstance(y, WithAux):
+                y, aux[index] = y.output, y.aux
+            held[index] = y
+            for source in node.sources:
+                if self._last_use[source] == index:
+                    held.pop(source, None)
+        return held, aux
+
+    def loss(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch and its detached parts."""
+        outputs, aux = self(images)
+        return self.loss_from(outputs, targets)
+
+    def loss_from(self, outputs: Any, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of head outputs that are already there, in float32 or better."""
+        wide = [y if y.dtype == torch.float64 else y.float() for y in outputs]
+        return self.head.loss(wide, targets)
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes ``[N, M, 4]`` xyxy in pixels of the input and scores ``[N, M, classes]``, before suppression."""
+        outputs, _ = self(images)
+        return self.head.decode([y if y.dtype == torch.float64 else y.float() for y in outputs])
+
+
+def build(spec: ModelSpec, supernet: str | None = None) -> Network:
+    """The network of a spec. Raises `Fault` where the spec does not fit together or leaves a choice open."""
+    return Network(resolve(spec), supernet)
+
+
+def _build_row(node: Node, supernet: str | None) -> nn.Module:
+    if not node.choices:
+        return build_plain(node)
+    where = f"{node.layer.where} layer {node.index}"
+    names = ", ".join(f"{choice.name} {choice}" for choice in node.choices)
+    if supernet is None:
+        raise Fault(f"{where}: open choices {names}; search.py picks them, a network to train has none")
+    if supernet == "shared":
+        for name, value in node.arguments.items():
+            if isinstance(value, Choice) and not node.op.may_choose(name):
+                raise Fault(
+                    f"{where}: {node.op.name} cannot share its weights over a choice in {name}; "
+                    f"--supernet independent can hold it"
+                )
+        try:
+            return _module(node, node.arguments, node.repeats)
+        except ValueError as problem:
+            raise Fault(f"{where}: {problem}") from None
+    picks = combinations(node.choices)
+    if len(picks) > MOST_CANDIDATES:
+        raise Fault(
+            f"{where}: {names} make {len(picks)} whole blocks, an independent supernet holds at most "
+            f"{MOST_CANDIDATES} in a row; --supernet shared holds any number"
+        )
+    joint = joint_choice(node)
+    return IndependentRow(joint, lambda option: build_plain(node, dict(zip(names_of(node), option, strict=True))))
+
+
+def names_of(node: Node) -> list[str]:
+    return [choice.name for choice in node.choices]
+
+
+def joint_choice(node: Node) -> Choice:
+    """All choices of a row as one: an option is a tuple of picks, in the order of the row's choices."""
+    label = node.layer.name or str(node.index)
+    return Choice(label, tuple(tuple(picks.values()) for picks in combinations(node.choices)))
+
+
+def build_plain(node: Node, picks: Mapping[str, Any] | None = None) -> nn.Module:
+    """A row's module with its choices replaced by `picks`."""
+
+    def final(value: Any) -> Any:
+        return picks[value.name] if isinstance(value, Choice) and picks is not None else value
+
+    return _module(node, {name: final(value) for name, value in node.arguments.items()}, final(node.repeats))
+
+
+def _module(node: Node, arguments: Mapping[str, Any], repeats: int | Choice) -> nn.Module:
+    given = node.module_arguments() | dict(arguments)
+    if "number" in node.op.parameters:
+        return node.op.module(**given | {"number": repeats})
+    if repeats == 1:
+        return node.op.module(**given)
+    return repeat(repeats, lambda: node.op.module(**given))
+
+
+def head_maximum(outputs: Sequence[Tensor]) -> float:
+    """The largest logit of a head in size: what differences between two networks are measured by."""
+    return max(float(y.abs().max()) for y in outputs)

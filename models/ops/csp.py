@@ -1,0 +1,109 @@
+"""Residual bottlenecks and the cross-stage-partial blocks built of them (CSPNet, arXiv 1911.11929).
+
+BottleneckCSP and BottleneckCSP2 follow ScaledYOLOv4 (arXiv 2011.08036): a plain convolution ends one branch, another is
+the second branch, and one batch norm and activation work on their concatenation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.ops.conv import Conv
+from models.ops.primitives import DEFAULT, Act, Count, Fraction, Kernel, Width, activation, conv, norm, repeat
+from models.registry import register_op
+
+
+@register_op()
+class Bottleneck(nn.Module):
+    """1x1 convolution, then `kernel` x `kernel`; added to the input where `shortcut` is asked for and channels agree.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: Width,
+        shortcut: bool = True,
+        groups: Width = 1,
+        expansion: Fraction = 0.5,
+        *,
+        kernel: Kernel = 3,
+        act: Act = DEFAULT,
+    ) -> None:
+        super().__init__()
+        hidden = int(c_out * expansion)
+        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        self.cv2 = Conv(hidden, c_out, kernel, groups=groups, act=act)
+        self.add = shortcut and c_in == c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cv2(self.cv1(x))
+        return x + y if self.add else y
+
+
+@register_op()
+class BottleneckCSP(nn.Module):
+    """Cross-stage-partial block: half the channels go through `number` bottlenecks, half past them.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: Width,
+        number: Count = 1,
+        shortcut: bool = True,
+        groups: Width = 1,
+        expansion: Fraction = 0.5,
+        *,
+        kernel: Kernel = 3,
+        act: Act = DEFAULT,
+    ) -> None:
+        super().__init__()
+        hidden = int(c_out * expansion)
+        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        self.cv2 = conv(c_in, hidden, 1)
+        self.cv3 = conv(hidden, hidden, 1)
+        self.cv4 = Conv(2 * hidden, c_out, 1, act=act)
+        self.bn = norm(2 * hidden, feeds=act)
+        self.act = activation(act)
+        self.m = repeat(number, lambda: Bottleneck(hidden, hidden, shortcut, groups, 1.0, kernel=kernel, act=act))
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.cv3(self.m(self.cv1(x)))
+        past = self.cv2(x)
+        return self.cv4(self.act(self.bn(torch.cat((deep, past), dim=1))))
+
+
+@register_op()
+class BottleneckCSP2(nn.Module):
+    """The neck's cross-stage-partial block of ScaledYOLOv4: one 1x1 first, both branches from it, no halving.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: Width,
+        number: Count = 1,
+        shortcut: bool = False,
+        groups: Width = 1,
+        *,
+        kernel: Kernel = 3,
+        act: Act = DEFAULT,
+    ) -> None:
+        super().__init__()
+        self.cv1 = Conv(c_in, c_out, 1, act=act)
+        self.cv2 = conv(c_out, c_out, 1)
+        self.cv3 = Conv(2 * c_out, c_out, 1, act=act)
+        self.bn = norm(2 * c_out, feeds=act)
+        self.act = activation(act)
+        self.m = repeat(number, lambda: Bottleneck(c_out, c_out, shortcut, groups, 1.0, kernel=kernel, act=act))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cv1(x)
+        return self.cv3(self.act(self.bn(torch.cat((self.m(x), self.cv2(x)), dim=1))))

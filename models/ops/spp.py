@@ -1,0 +1,70 @@
+"""Spatial pyramid pooling (arXiv 1406.4729) as YOLO uses it: max pools of several sizes at stride 1, concatenated."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import AfterValidator
+from torch import Tensor, nn
+
+from models.ops.conv import Conv
+from models.ops.primitives import DEFAULT, Act, Fraction, PlainKernel, Width, activation, conv, norm
+from models.registry import register_op
+
+
+def _odd(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or any(size % 2 == 0 for size in sizes):
+        raise ValueError(f"pool sizes are odd numbers, got {list(sizes)}")
+    return sizes
+
+
+Pools = Annotated[tuple[PlainKernel, ...], AfterValidator(_odd)]
+
+
+@register_op()
+class SPP(nn.Module):
+    """1x1 to half the channels, max pools of `pools` beside it, 1x1 over all.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(self, c_in: int, c_out: Width, pools: Pools = (5, 9, 13), *, act: Act = DEFAULT) -> None:
+        super().__init__()
+        hidden = c_in // 2
+        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        self.cv2 = Conv(hidden * (len(pools) + 1), c_out, 1, act=act)
+        self.m = nn.ModuleList(nn.MaxPool2d(size, stride=1, padding=size // 2) for size in pools)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cv1(x)
+        return self.cv2(torch.cat([x, *(pool(x) for pool in self.m)], dim=1))
+
+
+@register_op()
+class SPPCSP(nn.Module):
+    """Spatial pyramid pooling inside a cross-stage-partial block (ScaledYOLOv4, arXiv 2011.08036).
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(
+        self, c_in: int, c_out: Width, expansion: Fraction = 0.5, pools: Pools = (5, 9, 13), *, act: Act = DEFAULT
+    ) -> None:
+        super().__init__()
+        hidden = int(2 * c_out * expansion)
+        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        self.cv2 = conv(c_in, hidden, 1)
+        self.cv3 = Conv(hidden, hidden, 3, act=act)
+        self.cv4 = Conv(hidden, hidden, 1, act=act)
+        self.m = nn.ModuleList(nn.MaxPool2d(size, stride=1, padding=size // 2) for size in pools)
+        self.cv5 = Conv(hidden * (len(pools) + 1), hidden, 1, act=act)
+        self.cv6 = Conv(hidden, hidden, 3, act=act)
+        self.bn = norm(2 * hidden, feeds=act)
+        self.act = activation(act)
+        self.cv7 = Conv(2 * hidden, c_out, 1, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.cv4(self.cv3(self.cv1(x)))
+        deep = self.cv6(self.cv5(torch.cat([deep, *(pool(deep) for pool in self.m)], dim=1)))
+        return self.cv7(self.act(self.bn(torch.cat((deep, self.cv2(x)), dim=1))))

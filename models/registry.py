@@ -1,0 +1,141 @@
+"""The table of ops. A class's signature is the schema of its row.
+
+Filled in by the graph, not written in a YAML: ``c_in`` (channels of the one source), ``inputs`` (the Shapes of all
+sources: merges and heads), ``number`` (the row's second field, for blocks that repeat inside). A parameter ``act`` that
+the row leaves out takes the file's ``activation:``. ``c_out`` is scaled by ``width_multiple``, by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import nn
+
+from models.spec import Choice
+
+FILLED = ("self", "c_in", "inputs", "number")
+WIDTHS = ("c_out",)  # arguments that width_multiple scales
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one row hands to the next: channels, how many input pixels a cell stands for, and the kind of tensor.
+
+    Kinds: ``map`` ``[N, C, H, W]``; ``maps`` a head's list of outputs. An op takes maps unless it says otherwise.
+    """
+
+    channels: int
+    stride: int
+    kind: str = "map"
+
+    def __str__(self) -> str:
+        return f"{self.channels} channels at stride {self.stride}" if self.kind == "map" else self.kind
+
+
+Infer = Callable[[Sequence[Shape], Mapping[str, Any]], Shape]
+Module = TypeVar("Module", bound=type[nn.Module])
+
+
+@dataclass(frozen=True)
+class Op:
+    """An entry of the table: the class, what its row may say, and the Shape it gives."""
+
+    name: str
+    module: type[nn.Module]
+    parameters: Mapping[str, inspect.Parameter]  # as in the class, FILLED ones included
+    hints: Mapping[str, Any]
+    infer: Infer
+    many: bool  # whether forward takes a list of maps
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """What a row may write as args."""
+        return inspect.Signature([p for name, p in self.parameters.items() if name not in FILLED])
+
+    @property
+    def is_head(self) -> bool:
+        return hasattr(self.module, "decode")
+
+    def __str__(self) -> str:
+        """``Conv(c_out, kernel=1, stride=1)``: what a fault shows."""
+        shown = []
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
+                shown.append("*")
+            default = parameter.default
+            shown.append(name if default is parameter.empty else f"{name}={default}")
+        return f"{self.name}({', '.join(shown)})"
+
+    def may_choose(self, argument: str) -> bool:
+        """Whether the op is written so that one set of weights serves a choice in this argument."""
+        return Choice in _parts(self.hints.get(argument))
+
+    def check(self, argument: str, value: Any) -> str | None:
+        """What is wrong with a plain value of an argument, or None."""
+        try:
+            _adapter(self.module, argument).validate_python(value)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            return str(first["msg"]).removeprefix("Value error, ").lower().replace("input should be", "should be")
+        return None
+
+
+OPS: dict[str, Op] = {}
+
+
+def register_op(
+    name: str | None = None, *, infer: Infer | None = None, many: bool = False
+) -> Callable[[Module], Module]:
+    """Puts an ``nn.Module`` into the table under its class name, or under `name`. `many`: it takes a list of maps.
+
+    `infer` maps the sources' Shapes and the named arguments to the output Shape; it raises ValueError with the reason
+    where they do not fit. Left out, an op has one source and gives ``c_out`` channels (or what it got) at
+    ``stride`` times the source's stride.
+    """
+
+    def register(module: Module) -> Module:
+        parameters = dict(inspect.signature(module.__init__).parameters)
+        hints = typing.get_type_hints(module.__init__, include_extras=True)
+        op = Op(name or module.__name__, module, parameters, hints, infer or one_to_one, many)
+        OPS[op.name] = op
+        return module
+
+    return register
+
+
+def one_to_one(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    """The Shape rule of most ops. Kernel and padding have to keep ``size // stride`` whole."""
+    source = inputs[0]
+    stride, kernel, padding = args.get("stride", 1), args.get("kernel", 1), args.get("padding")
+    groups, c_out = args.get("groups", 1), args.get("c_out", source.channels)
+    kernels = kernel.options if isinstance(kernel, Choice) else kernel if isinstance(kernel, tuple) else (kernel,)
+    for size in kernels:
+        margin = (size - 1) // 2 if padding is None else padding
+        if not size - stride <= 2 * margin < size:
+            raise ValueError(
+                f"kernel {size} with padding {margin} and stride {stride} does not give size // {stride}; "
+                f"an odd kernel with padding left out does"
+            )
+    for channels, side in ((source.channels, "source's"), (c_out, "output's")):
+        if isinstance(groups, int) and channels % groups:
+            raise ValueError(f"groups {groups} does not divide the {side} {channels} channels")
+    return Shape(c_out, source.stride * stride)
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of ``A | B``; anything else is its only one."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+@functools.cache
+def _adapter(module: type[nn.Module], argument: str) -> TypeAdapter[Any]:
+    hint = next(op.hints[argument] for op in OPS.values() if op.module is module)
+    plain = [part for part in _parts(hint) if part is not Choice]
+    return TypeAdapter(typing.Union[tuple(plain)], config=ConfigDict(strict=True, arbitrary_types_allowed=True))  # noqa: UP007

@@ -45,7 +45,9 @@ def fit_anchors(
         centres = np.concatenate([centres, points[rng.choice(len(points), size=1, p=distance / distance.sum())]])
     for _ in range(rounds):
         nearest = ((points[:, None] - centres[None]) ** 2).sum(-1).argmin(axis=1)
-        moved = np.array([points[nearest == k].mean(axis=0) if (nearest == k).any() else centres[k] for k in range(count)])
+        moved = np.array(
+            [points[nearest == k].mean(axis=0) if (nearest == k).any() else centres[k] for k in range(count)]
+        )
         if np.allclose(moved, centres):
             break
         centres = moved

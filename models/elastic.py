@@ -81,7 +81,14 @@ class ElasticConv2d(nn.Module):
     gates: Tensor | None = None
 
     def __init__(
-        self, c_in: int, c_out: int, kernel: Choice, stride: int = 1, groups: int = 1, dilation: int = 1, bias: bool = True
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: Choice,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if not all(isinstance(option, int) and option % 2 == 1 for option in kernel.options):

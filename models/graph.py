@@ -116,7 +116,9 @@ def resolve(spec: ModelSpec) -> Graph:
     last = spec.layers[-1]
     if not faults and heads != [len(spec.layers) - 1]:
         stands = f"row {heads[0]} of {len(spec.layers)}" if heads else "nowhere"
-        faults.append(f"{last.where} layer {len(spec.layers) - 1}: a model ends in its one head; here it stands {stands}")
+        faults.append(
+            f"{last.where} layer {len(spec.layers) - 1}: a model ends in its one head; here it stands {stands}"
+        )
     if faults:
         raise Fault(*faults)
     return Graph(replace(spec, layers=tuple(node.layer for node in nodes), scaling=Scaling()), tuple(nodes))
@@ -188,12 +190,12 @@ def _substitute(spec: ModelSpec, value: Any) -> Any:
     return value
 
 
-def _sources(index: int, layer: LayerSpec, names: Mapping[str | None, int]) -> tuple[int, ...]:
+def _sources(index: int, layer: LayerSpec, names: Mapping[str, int]) -> tuple[int, ...]:
     found, faults = [], []
     for source in layer.sources:
         if isinstance(source, str):
             if source not in names:
-                faults.append(f"{_place(index, layer)}: no row is named {source!r}{nearest(source, map(str, names))}")
+                faults.append(f"{_place(index, layer)}: no row is named {source!r}{nearest(source, names)}")
                 continue
             row = names[source]
         else:
@@ -230,9 +232,9 @@ def _node(
     arguments = {name: _substitute(spec, value) for name, value in bound.arguments.items()}
     if "act" in arguments and "act" not in row.kwargs and len(row.args) <= list(arguments).index("act"):
         arguments["act"] = spec.activation
-        problem = op.check("act", spec.activation)
-        if problem:
-            raise Fault(f"{spec.path}: activation {spec.activation!r}: {problem}")
+        wrong = op.check("act", spec.activation)
+        if wrong:
+            raise Fault(f"{spec.path}: activation {spec.activation!r}: {wrong}")
     try:
         output = op.infer(inputs, arguments)
     except ValueError as problem:

@@ -33,7 +33,7 @@ SHORTHANDS: Mapping[str, tuple[str, Mapping[str, tuple[Any, ...]]]] = {
 
 INTEGER = re.compile(r"[-+]?[0-9]+")
 FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-CONSTANTS = {"null": None, "~": None, "": None, "None": None}
+CONSTANTS: dict[str, bool | None] = {"null": None, "~": None, "": None, "None": None}
 CONSTANTS |= {"true": True, "True": True, "false": False, "False": False}
 
 

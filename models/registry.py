@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -138,4 +139,6 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 def _adapter(module: type[nn.Module], argument: str) -> TypeAdapter[Any]:
     hint = next(op.hints[argument] for op in OPS.values() if op.module is module)
     plain = [part for part in _parts(hint) if part is not Choice]
-    return TypeAdapter(typing.Union[tuple(plain)], config=ConfigDict(strict=True, arbitrary_types_allowed=True))  # noqa: UP007
+    return TypeAdapter(
+        functools.reduce(operator.or_, plain), config=ConfigDict(strict=True, arbitrary_types_allowed=True)
+    )

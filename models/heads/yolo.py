@@ -42,6 +42,8 @@ class Detect(nn.Module):
     Shape: ``[[N, C_i, H_i, W_i], ...] -> [[N, A, H_i, W_i, K], ...]``, logits.
     """
 
+    anchors: Tensor  # [levels, A, 2] width and height in pixels; the YAML keeps them, not the state dict
+
     def __init__(self, inputs: Sequence[Shape], num_classes: int, anchors: Anchors) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -49,11 +51,11 @@ class Detect(nn.Module):
         self.fitted = not isinstance(anchors, int)
         self.num_anchors = anchors if isinstance(anchors, int) else len(anchors[0]) // 2
         sizes = torch.tensor([]) if isinstance(anchors, int) else torch.tensor(anchors).view(len(inputs), -1, 2)
-        self.register_buffer("anchors", sizes, persistent=False)  # [levels, A, 2] pixels; the YAML keeps them
-        self.m = nn.ModuleList(nn.Conv2d(shape.channels, self.num_anchors * (5 + num_classes), 1) for shape in inputs)
-        for layer, stride in zip(self.m, self.strides, strict=True):
-            if layer.bias is None or layer.bias.is_meta:
-                continue
+        self.register_buffer("anchors", sizes, persistent=False)
+        layers = [nn.Conv2d(shape.channels, self.num_anchors * (5 + num_classes), 1) for shape in inputs]
+        self.m = nn.ModuleList(layers)
+        for layer, stride in zip(layers, self.strides, strict=True):
+            assert layer.bias is not None
             with torch.no_grad():  # start near the truth: about 8 objects in an image of 640 pixels, 0.6 of a class
                 bias = layer.bias.view(self.num_anchors, -1)
                 bias[:, 4] += math.log(8 / (640 / stride) ** 2)

@@ -1,0 +1,73 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each first makes the environment that it needs.
+
+VENV    ?= .venv
+EXTRAS  ?= dev,search
+WORKERS ?= 2
+PYTHON  ?=
+
+PY  := $(VENV)/bin/python
+PIP := $(PY) -m pip
+# installed: newer than setup.cfg and constraints.txt when there is nothing to install.
+# headless: there when opencv-python cannot be loaded here for want of system libraries.
+INSTALLED := $(VENV)/installed
+HEADLESS  := $(VENV)/headless
+
+# The demo: small enough for a laptop without a GPU.
+DEMO                := runs/demo
+DEMO_DATA           := datasets/shapes
+DEMO_CFG            := cfg/models/tiny-search.yaml
+DEMO_SUPERNET       := shared
+DEMO_IMGSZ          := 160
+DEMO_EPOCHS         := 10
+DEMO_RETRAIN_EPOCHS := 10
+DEMO_BUDGET         := macs=100M
+
+.PHONY: help .venv test lint demo clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+.venv: $(INSTALLED)  ## the environment, in .venv
+
+# What setup.cfg asks for, one requirement a line.
+REQUIREMENTS = $(PY) -c 'import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
+	print(c["options"]["install_requires"], *(c["options.extras_require"][e] for e in "$(EXTRAS)".split(",")))'
+
+$(INSTALLED): setup.cfg constraints.txt
+	@[ -x $(PY) ] || { \
+	    for python in $(PYTHON) python3.13 python3.12 python3.11 python3 none; do \
+	        "$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	    done; \
+	    [ "$$python" != none ] || { echo "No Python >= 3.11 with venv was found; install one," \
+	        "or name it: make .venv PYTHON=/path/to/python" >&2; exit 1; }; \
+	    "$$python" -m venv $(VENV); }
+	@[ -e $(HEADLESS) ] || $(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
+	@[ -e $(HEADLESS) ] || $(PY) -c 'import cv2' 2>/dev/null || { \
+	    echo "opencv-python cannot be loaded here: opencv-python-headless takes its place."; \
+	    $(PIP) uninstall -y opencv-python && touch $(HEADLESS); }
+	@[ ! -e $(HEADLESS) ] || { $(PIP) install --no-deps -e . && \
+	    $(PIP) install -c constraints.txt $$($(REQUIREMENTS) | sed 's/opencv-python/&-headless/'); }
+	@$(PY) -c 'import cv2, torch'
+	@touch $@
+
+test: $(INSTALLED)  ## the tests; one thread a worker, set in tests/conftest.py
+	$(PY) -m pytest -q -n $(WORKERS)
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+demo: $(INSTALLED)  ## draw a data set, search, derive, retrain, detect
+	$(PY) -m data shapes $(DEMO_DATA)
+	$(PY) search.py --cfg $(DEMO_CFG) --data $(DEMO_DATA)/data.yaml --supernet $(DEMO_SUPERNET) \
+	    --imgsz $(DEMO_IMGSZ) --epochs $(DEMO_EPOCHS) \
+	    --budget $(DEMO_BUDGET) --retrain-epochs $(DEMO_RETRAIN_EPOCHS) --out $(DEMO)
+	$(PY) detect.py --weights $(DEMO)/best.pt --source $(DEMO_DATA)/images/val \
+	    --project $(DEMO) --name detections --exist-ok
+	$(PY) val.py --weights $(DEMO)/best.pt --data $(DEMO_DATA)/data.yaml
+
+clean:  ## remove the environment and caches; runs/ and datasets/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,161 @@
+"""Every option of a training run, checked: a frozen model whose fields are the options of ``train.py``."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data.structures import Fault
+from engine.runs import atomically
+from models.parse import nearest
+
+SPELLINGS = {"imgsz": ("--img", "--img-size"), "batch_size": ("--batch",)}  # that yolov5 knows too
+
+
+class TrainConfig(BaseModel):
+    """What `engine.train.train` needs to know. Names and meanings are yolov5's where it has the option.
+
+    Built from user input by `train_config`, which turns what is wrong into a `Fault`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    cfg: Path | None = Field(None, description="model YAML; not needed with --weights")
+    data: Path | None = Field(None, description="data set YAML")
+    weights: Path | None = Field(None, description="checkpoint to start from; what fits by name and shape is taken")
+    resume: Path | None = Field(None, description="run folder, or its last.pt, to go on with")
+    epochs: int = Field(100, ge=1, description="times that every training image is seen")
+    batch_size: int = Field(16, ge=1, description="images a step")
+    imgsz: int = Field(640, ge=32, description="side of the square that images are letterboxed into, pixels")
+    device: str = Field("", description="cpu, 0 or cuda:0; empty takes the first GPU, or the CPU")
+    project: Path = Field(Path("runs/train"), description="folder of the runs")
+    name: str = Field("exp", min_length=1, description="folder of this run; exp2, exp3, ... where it exists")
+    exist_ok: bool = Field(False, description="take the folder even where it exists")
+    seed: int = Field(0, ge=0, description="everything that is drawn by chance comes from it")
+    workers: int = Field(0, ge=0, description="processes that prepare images; 0 prepares them in this one")
+    cache: bool = Field(True, description="keep images in memory, scaled to imgsz, 1 GiB a split at most")
+    amp: Literal["auto", "off", "bf16", "fp16"] = Field(
+        "auto", description="numbers of the forward pass; auto measures on a CPU whether bf16 pays"
+    )
+    noval: bool = Field(False, description="evaluate after the last epoch only")
+    val_interval: int = Field(1, ge=1, description="epochs between evaluations; a short run makes about 10 at most")
+
+    optimizer: Literal["auto", "SGD", "AdamW"] = Field("auto", description="auto: AdamW under 2,000 steps, else SGD")
+    lr0: float | None = Field(None, gt=0, description="largest learning rate; default 0.01 for SGD, 0.001 for AdamW")
+    lrf: float = Field(0.01, ge=0, le=1, description="the last learning rate is lr0 * lrf")
+    momentum: float = Field(0.937, ge=0, lt=1, description="of SGD; beta1 of AdamW")
+    weight_decay: float = Field(5e-4, ge=0, description="of convolution and linear weights")
+    warmup_epochs: float = Field(3.0, ge=0, description="epochs of rising learning rate; a tenth of the run at most")
+
+    mosaic: float = Field(1.0, ge=0, le=1, description="probability of joining four images")
+    close_mosaic: int | None = Field(None, ge=0, description="last epochs without mosaic; default a tenth, 1 to 10")
+    scale: float = Field(0.5, ge=0, le=0.9, description="images are scaled by 1 - scale to 1 + scale")
+    translate: float = Field(0.1, ge=0, le=0.9, description="and moved by up to this fraction of imgsz")
+    degrees: float = Field(0.0, ge=0, le=180, description="and turned by up to this angle")
+    hsv_h: float = Field(0.015, ge=0, le=1, description="largest relative change of hue")
+    hsv_s: float = Field(0.7, ge=0, le=1, description="of saturation")
+    hsv_v: float = Field(0.4, ge=0, le=1, description="of value")
+    fliplr: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
+    flipud: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def train_config(values: Mapping[str, Any], where: str = "") -> TrainConfig:
+    """The options of a training run from ``values`` by name; see `checked`."""
+    return checked(TrainConfig, values, where)
+
+
+def checked(model: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+    """Check ``values`` by name. Raises a Fault with a line for each that is unknown or wrong.
+
+    ``where`` begins these lines; ``--`` says that they are command line options.
+    """
+    try:
+        return model(**values)
+    except ValidationError as problem:
+        raise Fault(*(_line(model, error, where) for error in problem.errors())) from None
+
+
+def _line(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
+    name = str(error["loc"][0])
+    shown = option_name(name) if where == "--" else f"{where}: {name}" if where else name
+    if error["type"] == "extra_forbidden":
+        return f"{shown}: there is no such option{nearest(name, model.model_fields)}"
+    return f"{shown}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def option_name(field: str) -> str:
+    """``batch_size`` -> ``--batch-size``."""
+    return "--" + field.replace("_", "-")
+
+
+def add_options(parser: ArgumentParser, model: type[BaseModel] = TrainConfig) -> None:
+    """Add an option a field of a config. Values stay text, for `checked` to check; absent if not given.
+
+    A field that is a tuple may be given several times.
+    """
+    for name, field in model.model_fields.items():
+        names = (option_name(name), *SPELLINGS.get(name, ()))
+        text = (field.description or "").replace("%", "%%")
+        if field.annotation is bool:
+            action = BooleanOptionalAction if field.default else "store_true"  # --no-cache turns off what is on
+            parser.add_argument(*names, dest=name, action=action, default=SUPPRESS, help=text)
+        else:
+            default = "" if field.default in (None, "", ()) else f" ({field.default})"
+            several = get_origin(field.annotation) is tuple
+            parser.add_argument(
+                *names,
+                dest=name,
+                action="append" if several else "store",
+                default=SUPPRESS,
+                metavar=_metavar(field.annotation),
+                help=text + default,
+            )
+
+
+def _metavar(annotation: Any) -> str:
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    return "|".join(
+        kind if isinstance(kind, str) else {Path: "PATH", int: "N", str: "NAME"}.get(kind, "X") for kind in kinds
+    )
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file (``lr0: 0.02``), yet to be checked. Raises a Fault with file and line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as problem:
+        raise Fault(f"{path}: not YAML: {' '.join(str(problem).split())}") from None
+    except UnicodeDecodeError:
+        raise Fault(f"{path}: not a text file; a YAML file such as 'lr0: 0.02' would be right") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise Fault(f"{path}:1: options are lines such as 'lr0: 0.02'")
+    values: dict[str, Any] = {}
+    for key, value in root.value:
+        where = f"{path}:{key.start_mark.line + 1}"
+        name = str(key.value)
+        if name not in TrainConfig.model_fields:
+            raise Fault(f"{where}: there is no option {name!r}{nearest(name, TrainConfig.model_fields)}")
+        if name in values:
+            raise Fault(f"{where}: {name} is given twice")
+        if not isinstance(value, yaml.ScalarNode):
+            raise Fault(f"{where}: {name} is one value, not a list or mapping")
+        values[name] = None if value.tag.endswith(":null") else value.value
+    return values
+
+
+def save_config(path: str | Path, config: BaseModel) -> None:
+    """Write every option as YAML that `read_options` reads back."""
+    with atomically(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"resume"}), sort_keys=False))

@@ -1,0 +1,83 @@
+"""What every command shares: how faults are told, and how devices and options are read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import torch
+
+from data.structures import Fault
+from models.parse import nearest
+
+
+def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Wrap the ``main(argv)`` of a command: what the user did wrong becomes lines on stderr and exit code 2.
+
+    A `Fault` prints its lines, an OSError one line, Ctrl-C one line (code 130). ``argparse`` asking to leave gives
+    its code. Anything else is our own mistake and keeps its traceback.
+    """
+
+    @wraps(main)
+    def safe(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except Fault as fault:
+            for line in fault.lines:
+                print(line, file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # the reader of our output left, as in `... | head`: nobody is there to be told
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the interpreter flushes it once more at its end
+            return 141
+        except OSError as problem:
+            named = problem.filename is not None and problem.strerror
+            print(f"{problem.filename}: {problem.strerror}" if named else problem, file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            print(str(stop) or "interrupted", file=sys.stderr)
+            return 130
+        except SystemExit as leaving:
+            return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+
+    return safe
+
+
+def option_parser(description: str | None) -> ArgumentParser:
+    """An argument parser that shows ``description`` as written and takes no abbreviated options."""
+    return ArgumentParser(description=description, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+
+
+def parse_options(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """Read the options; one that does not exist raises a Fault with the nearest name that does."""
+    options, surplus = parser.parse_known_args(argv)
+    known = [name for action in parser._actions for name in action.option_strings]
+    problems = []
+    for given in surplus:
+        name = given.split("=")[0]
+        if name.startswith("-"):
+            problems.append(f"{name}: there is no such option{nearest(name, known)}")
+        elif not problems:  # otherwise it is the value of an unknown option
+            problems.append(f"{given}: an argument without an option in front of it")
+    if problems:
+        raise Fault(*problems)
+    return options
+
+
+def parse_device(name: str) -> torch.device:
+    """``""`` (the first GPU if there is one), ``cpu``, ``0`` or ``cuda:0``. Raises a Fault for one that is absent."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = name.strip().lower()
+    if name == "":
+        return torch.device("cuda:0" if gpus else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    number = "0" if name == "cuda" else name.removeprefix("cuda:")
+    here = "cpu" if gpus == 0 else f"cpu or 0 to {gpus - 1}" if gpus > 1 else "cpu or 0"
+    if not number.isdecimal():
+        raise Fault(f"--device {name!r}: not a device; {here} would be right on this machine")
+    if int(number) >= gpus:
+        raise Fault(f"--device {name!r}: this machine has {gpus} usable GPUs; {here} would be right")
+    return torch.device(f"cuda:{int(number)}")

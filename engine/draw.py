@@ -1,0 +1,103 @@
+"""Pictures for people: boxes on an image, and a grid of a training batch. Pixels are uint8 RGB ``[H, W, 3]``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from data.structures import Detections, Fault, Targets
+from engine.runs import atomically
+
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+Color = tuple[int, int, int]
+
+
+def class_color(label: int) -> Color:
+    """A colour for a class, always the same: hues a golden angle apart, so neighbours in number differ most."""
+    hue = int(180 * (0.02 + label * 0.618033988749895) % 180)  # OpenCV's hues end at 180
+    saturation, value = ((230, 255), (140, 255), (255, 170))[label // 8 % 3]
+    red, green, blue = cv2.cvtColor(np.array([[[hue, saturation, value]]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]
+    return int(red), int(green), int(blue)
+
+
+def auto_thickness(height: int, width: int) -> int:
+    """Line thickness that can be seen on an image of this size: 1 at 240 pixels, 2 at 640, 6 at 2000."""
+    return max(1, round((height + width) / 2 * 0.003))
+
+
+def draw_box(image: np.ndarray, box: Sequence[float], color: Color, text: str = "", thickness: int = 0) -> None:
+    """Draw one box, xyxy in pixels, and its text on a filled background, into ``image`` itself.
+
+    The text stands on top of the box, or inside it where there is no room; it is moved to stay in the picture.
+    """
+    height, width = image.shape[:2]
+    thickness = thickness or auto_thickness(height, width)
+    x1, y1, x2, y2 = (int(round(float(value))) for value in box)
+    cv2.rectangle(image, (x1, y1), (x2, y2), color, thickness)
+    if not text:
+        return
+    scale, weight = max(0.4, thickness * 0.25), max(1, thickness // 2)
+    (text_width, text_height), below = cv2.getTextSize(text, FONT, scale, weight)
+    room = text_height + below + 2
+    left = max(0, min(x1, width - text_width - 4))
+    top = y1 - room if y1 >= room else max(0, y1)
+    cv2.rectangle(image, (left, top), (left + text_width + 4, top + room), color, cv2.FILLED)
+    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    ink = (0, 0, 0) if luminance > 140 else (255, 255, 255)
+    cv2.putText(image, text, (left + 2, top + text_height + 1), FONT, scale, ink, weight, cv2.LINE_AA)
+
+
+def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str], thickness: int = 0) -> np.ndarray:
+    """A copy of ``image`` with every detection, class name and score; boxes in pixels of this image.
+
+    ``thickness`` 0 suits the size of the image. The best detections are drawn last, on top.
+    """
+    picture = np.ascontiguousarray(image).copy()
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    for box, score, label in reversed(list(rows)):
+        draw_box(picture, box, class_color(label), f"{names[label]} {score:.2f}", thickness)
+    return picture
+
+
+def grid(
+    images: Tensor, targets: Targets, names: Sequence[str] = (), *, limit: int = 16, side: int = 1920
+) -> np.ndarray:
+    """One picture of the first ``limit`` images of a batch with their targets.
+
+    Images are ``[N, 3, S, S]``, uint8 or floats 0 to 1; the picture is at most ``side`` pixels wide and high. Boxes
+    are named by ``names``, or by their numbers.
+    """
+    pixels = images[:limit].detach().cpu()
+    if pixels.is_floating_point():
+        pixels = (pixels * 255).round().clamp(0, 255).byte()
+    count, _, height, width = pixels.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    scale = min(1.0, side / (columns * width), side / (rows * height))
+    cell = (max(1, int(width * scale)), max(1, int(height * scale)))
+    picture = np.full((rows * cell[1], columns * cell[0], 3), 114, np.uint8)
+    for index in range(count):
+        image = cv2.resize(pixels[index].permute(1, 2, 0).numpy(), cell, interpolation=cv2.INTER_AREA)
+        here = (targets.image_index == index).cpu()
+        for box, label in zip(
+            (targets.boxes.cpu()[here] * scale).tolist(), targets.labels.cpu()[here].tolist(), strict=True
+        ):
+            draw_box(image, box, class_color(label), names[label] if names else str(label))
+        top, left = index // columns * cell[1], index % columns * cell[0]
+        picture[top : top + cell[1], left : left + cell[0]] = image
+    return picture
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write an RGB image in the format that the ending says; the file appears whole or not at all."""
+    path = Path(path)
+    if not cv2.haveImageWriter(path.name):
+        raise Fault(f"{path}: OpenCV cannot write {path.suffix} files here; .jpg or .png would do")
+    _, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    with atomically(path) as temporary:
+        temporary.write_bytes(data.tobytes())

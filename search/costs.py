@@ -1,0 +1,130 @@
+"""What a subnet costs. Parameters and MACs are sums over rows, so a table of every row's options is exact."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.structures import Fault
+from models.cost import network_costs, row_cost
+from models.graph import Graph, combinations, resolve
+from models.spec import Choice
+from search.space import Architecture
+
+METRICS = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "ms"}
+SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit that the user set: no subnet above it is shown, and it is never moved."""
+
+    metric: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric}={format_cost(self.metric, self.limit)}"
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """An additive cost: what the closed rows cost, and for every open row an array over the options of its choices."""
+
+    metric: str
+    fixed: float
+    rows: tuple[tuple[tuple[Choice, ...], np.ndarray], ...]
+
+    def of(self, architecture: Architecture) -> float:
+        total = self.fixed
+        for choices, table in self.rows:
+            total += float(table[tuple(c.options.index(architecture.picks[c.name]) for c in choices)])
+        return total
+
+    def expected(self, probabilities: Mapping[str, Tensor]) -> Tensor:
+        """The mean cost when every decision is drawn by its probabilities; differentiable, and exact.
+
+        A row's choices are independent of each other, or one joint decision (named by none of its choices).
+        """
+        total = torch.tensor(self.fixed, dtype=torch.float64)
+        for choices, table in self.rows:
+            values = torch.from_numpy(table)
+            if choices[0].name in probabilities:
+                for choice in reversed(choices):
+                    values = values @ probabilities[choice.name].double().cpu()
+            else:
+                joint = probabilities[choices[0].name.rpartition(".")[0]]
+                values = values.reshape(-1) @ joint.double().cpu()
+            total = total + values
+        return total
+
+    def extreme(self, largest: bool) -> tuple[float, Architecture]:
+        """The cheapest (or dearest) subnet there is, and its cost: each row's own extreme, since costs add up."""
+        picks = {}
+        for choices, table in self.rows:
+            place = np.unravel_index(int(table.argmax() if largest else table.argmin()), table.shape)
+            picks.update({c.name: c.options[int(i)] for c, i in zip(choices, place, strict=True)})
+        architecture = Architecture(picks)
+        return self.of(architecture), architecture
+
+
+def cost_tables(graph: Graph, imgsz: int) -> dict[str, CostTable]:
+    """Exact tables of MACs at ``imgsz x imgsz`` and of parameters, counted on the meta device."""
+    picks = {choice.name: choice.options[0] for choice in graph.spec.choices}
+    plain = network_costs(resolve(graph.spec.freeze(picks)), imgsz)
+    fixed = {"macs": 0.0, "params": 0.0}
+    rows: dict[str, list[tuple[tuple[Choice, ...], np.ndarray]]] = {"macs": [], "params": []}
+    for node, cost in zip(graph.nodes, plain, strict=True):
+        if not node.choices:
+            fixed["macs"] += cost.macs
+            fixed["params"] += cost.params
+            continue
+        counted = [row_cost(node, options, imgsz) for options in combinations(node.choices)]
+        shape = [len(choice.options) for choice in node.choices]
+        rows["macs"].append((node.choices, np.array([float(c.macs) for c in counted]).reshape(shape)))
+        rows["params"].append((node.choices, np.array([float(c.params) for c in counted]).reshape(shape)))
+    return {metric: CostTable(metric, fixed[metric], tuple(rows[metric])) for metric in fixed}
+
+
+def parse_budget(text: str) -> Budget:
+    """``macs=900M``, ``params=2.5M`` or ``latency_ms=12``. Raises `Fault` for anything else."""
+    match = re.fullmatch(r"(\w+)=([0-9.]+(?:e[0-9]+)?)([kKmMgG]?)", text.strip())
+    if not match or match[1] not in METRICS or (match[3] and match[1] == "latency_ms"):
+        raise Fault(f"--budget {text}: write macs=900M, params=2.5M or latency_ms=12")
+    try:
+        limit = float(match[2]) * SUFFIXES[match[3].lower()]
+    except ValueError:
+        raise Fault(f"--budget {text}: {match[2]!r} is not a number") from None
+    if limit <= 0:
+        raise Fault(f"--budget {text}: a budget is over 0")
+    return Budget(match[1], limit)
+
+
+def check_budgets(budgets: Sequence[Budget], tables: Mapping[str, CostTable]) -> None:
+    """Raises `Fault` for a budget that no subnet can meet, naming the smallest value that one can."""
+    for budget in budgets:
+        if budget.metric not in tables:
+            continue
+        smallest, architecture = tables[budget.metric].extreme(largest=False)
+        if smallest > budget.limit:
+            raise Fault(
+                f"--budget {budget}: no subnet can meet it; the smallest has "
+                f"{budget.metric}={format_cost(budget.metric, smallest, exact=True)} ({architecture})"
+            )
+
+
+def within(costs: Mapping[str, float], budgets: Sequence[Budget]) -> bool:
+    return all(costs[budget.metric] <= budget.limit for budget in budgets)
+
+
+def format_cost(metric: str, value: float, exact: bool = False) -> str:
+    """``812.4M`` or ``11.3``; `exact` writes counts to the last digit."""
+    if metric == "latency_ms":
+        return f"{value:.3g}" if not exact else f"{value:.3f}"
+    if exact:
+        return f"{value:.0f}"
+    return f"{value / 1e9:.3f}G" if value >= 1e9 else f"{value / 1e6:.3f}M"

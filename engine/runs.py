@@ -55,9 +55,11 @@ def _umask() -> int:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows under the keys of the first one; None becomes an empty cell."""
+    """Write the rows under the keys of the first one; None becomes an empty cell. Without rows there is no file."""
+    if not rows:
+        return Path(path).unlink(missing_ok=True)
     with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 

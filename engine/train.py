@@ -32,7 +32,7 @@ from engine.calibrate import calibrate
 from engine.config import TrainConfig, add_options, option_name, read_options, save_config, train_config
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.draw import grid, write_image
-from engine.evaluate import Metrics, check_imgsz, evaluate
+from engine.evaluate import Metrics, check_imgsz, check_names, evaluate
 from engine.optim import (
     SHORT_RUN,
     averaged,
@@ -50,7 +50,7 @@ from models.spec import ModelSpec
 
 CALIBRATED_RUN = 1_000  # steps; in a shorter run the running averages of batch norm never arrive
 CALIBRATION_IMAGES = 256
-NOMINAL_BATCH = 64  # images that a step of SGD is worth, as in yolov5
+NOMINAL_BATCH = 64  # images whose summed loss SGD's learning rates are made for, as in yolov5; AdamW has no scale
 LARGE_SET = 2_000  # training images; smaller sets step after every batch
 MEASURED_RUN = 200  # steps; under that, measuring costs more than bf16 could save
 WORTH_IT = 1.2  # how much faster bf16 must be on a CPU
@@ -131,6 +131,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     if resumed and folder:
         state = resumed.training
         assert state is not None  # reopen() saw to it
+        check_names(resumed.path, resumed.names, config.data, data.names)
         check_same_data(state, len(images), config)
         if state["threads"] != torch.get_num_threads():
             say(f"note: {torch.get_num_threads()} threads, it began with {state['threads']}: sums round differently")
@@ -195,7 +196,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
                     ema.update_parameters(network)
-                bar.set_postfix({**{k: f"{v:.3g}" for k, v in means.items()}, "lr": f"{lr_now:.2g}"})
+                bar.set_postfix({**{k: f"{v:.3g}" for k, v in means.items()}, "lr": f"{lr_now:.2g}"}, refresh=False)
 
             metrics: Metrics | None = None
             if epoch % interval == 0 or epoch == config.epochs:
@@ -203,7 +204,13 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                 if total_steps < CALIBRATED_RUN:
                     calibrate(candidate, calibration_images(images, batch_size, config.seed, device))
                 metrics = evaluate(
-                    candidate, val_images, names=data.names, batch_size=batch_size, device=device, progress=progress
+                    candidate,
+                    val_images,
+                    names=data.names,
+                    batch_size=batch_size,
+                    device=device,
+                    workers=config.workers,
+                    progress=progress,
                 )
                 if fitness(metrics) >= best.fitness:
                     best = Best(fitness(metrics), epoch, metrics)

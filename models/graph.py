@@ -86,6 +86,9 @@ def normalize(spec: ModelSpec) -> ModelSpec:
 def resolve(spec: ModelSpec) -> Graph:
     """Every row with its op, sources and Shapes. Raises one `Fault` with a line for each thing that is wrong."""
     faults: list[str] = []
+    wrong = OPS["Conv"].check("act", spec.activation)
+    if wrong:
+        faults.append(f"{spec.path}: activation: {wrong}")
     normal: list[LayerSpec | None] = []
     for index, layer in enumerate(spec.layers):
         try:
@@ -163,9 +166,9 @@ def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
             value = make_divisible(value * spec.scaling.width) if spec.scaling.width != 1 else value
         for option in value.options if isinstance(value, Choice) else (value,):
             final = _substitute(spec, option)
-            problem = op.check(name, final)
-            if problem:
-                faults.append(f"{place}: {op}: {name} {problem}, got {option!r}")
+            wrong = op.check(name, final)
+            if wrong:
+                faults.append(f"{place}: {op}: {name} {wrong}, got {option!r}")
         values[name] = value
     if faults:
         raise Fault(*faults)
@@ -232,9 +235,6 @@ def _node(
     arguments = {name: _substitute(spec, value) for name, value in bound.arguments.items()}
     if "act" in arguments and "act" not in row.kwargs and len(row.args) <= list(arguments).index("act"):
         arguments["act"] = spec.activation
-        wrong = op.check("act", spec.activation)
-        if wrong:
-            raise Fault(f"{spec.path}: activation {spec.activation!r}: {wrong}")
     try:
         output = op.infer(inputs, arguments)
     except ValueError as problem:

@@ -48,7 +48,7 @@ def parse(source: str | os.PathLike[str]) -> ModelSpec:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
         raise Fault(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from None
-    return parse_text(text, os.path.relpath(path) if path.is_absolute() else str(path), name=path.stem)
+    return parse_text(text, str(path), name=path.stem)
 
 
 def parse_text(text: str, path: str = "<text>", name: str = "model") -> ModelSpec:

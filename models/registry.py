@@ -81,10 +81,10 @@ class Op:
     def check(self, argument: str, value: Any) -> str | None:
         """What is wrong with a plain value of an argument, or None."""
         try:
-            _adapter(self.module, argument).validate_python(value)
+            _adapter(self.name, argument).validate_python(value)
         except ValidationError as problem:
             first = problem.errors()[0]
-            return str(first["msg"]).removeprefix("Value error, ").lower().replace("input should be", "should be")
+            return str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
         return None
 
 
@@ -136,9 +136,8 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _adapter(module: type[nn.Module], argument: str) -> TypeAdapter[Any]:
-    hint = next(op.hints[argument] for op in OPS.values() if op.module is module)
-    plain = [part for part in _parts(hint) if part is not Choice]
+def _adapter(op: str, argument: str) -> TypeAdapter[Any]:
+    plain = [part for part in _parts(OPS[op].hints[argument]) if part is not Choice]
     return TypeAdapter(
         functools.reduce(operator.or_, plain), config=ConfigDict(strict=True, arbitrary_types_allowed=True)
     )

@@ -109,7 +109,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult:
         loaded, missing = warm_start(supernet.network, load_checkpoint(config.weights).state)
         say(f"{config.weights}: {len(loaded)} of {len(loaded) + len(missing)} tensors loaded")
     supernet.to(device)
-    supernet.network.to(memory_format=torch.channels_last)
+    supernet.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     folder = new_run(config.project, config.name, config.exist_ok)
     (folder / "subnets").mkdir(exist_ok=True)

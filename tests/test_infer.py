@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_evaluate import GREEN, RED, Seer, drawn
+from test_evaluate import GREEN, RED, SHARED, Seer, drawn
 
 from data.images import read_image
 from data.structures import Detections, Fault, Targets
@@ -156,6 +156,16 @@ def test_a_video_keeps_its_frames_and_speed(tmp_path, fourcc, size, fps):
     red = frames[5][1][24, 28].astype(int)  # frame 6 has its red square at 20 to 36
     assert red[0] > 150 and red[1] < 100 and red[2] < 100
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_h264_is_read_to_its_last_frame():
+    path = SHARED / "video" / "bikes.mp4"
+    if not path.is_file():
+        pytest.skip(f"no H.264 video to read: {path} is missing")
+    video = open_video(path)
+    assert (video.frames, video.fps) == (250, 25)
+    assert [number for number, _ in read_frames(video, 50)] == [1, 51, 101, 151, 201]
+    assert sum(1 for _ in read_frames(video)) == 250
 
 
 def test_a_codec_that_cannot_be_written_names_one_that_can(capfd):

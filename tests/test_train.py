@@ -224,6 +224,18 @@ def test_kill_minus_nine_while_a_checkpoint_is_written(whole: Path, options: dic
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
+def test_control_c_says_how_to_go_on(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(row: Any, epochs: int, heading: bool) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "epoch_line", interrupted)
+    assert main(arguments(options)) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.strip() == f"stopped; goes on with: python train.py --resume {options['project'] / 'exp'}"
+
+
 def test_a_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (whole / "last.pt").read_bytes()
     assert main(["--resume", str(whole)]) == 2
@@ -247,6 +259,9 @@ def test_a_resumed_run_wants_its_data(options: dict[str, Any], tmp_path: Path, m
         train(train_config(options), progress=False)
     other = draw_data(tmp_path / "other", train=9)
     with pytest.raises(Fault, match="9 images .* began with 8"):
+        train(TrainConfig(resume=options["project"] / "exp", data=other), progress=False)
+    other.write_text(other.read_text().replace("orange", "red"))
+    with pytest.raises(Fault, match="red, blue"):
         train(TrainConfig(resume=options["project"] / "exp", data=other), progress=False)
 
 
@@ -373,6 +388,23 @@ def test_mosaics_close_before_the_end(options: dict[str, Any], monkeypatch: pyte
     assert seen[1:] == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)]
     closing = [training.closing_epochs(TrainConfig(epochs=epochs)) for epochs in (1, 2, 30, 300)]
     assert closing == [0, 1, 3, 10]
+
+
+def test_sgd_weighs_a_loss_as_the_sum_of_its_nominal_batch(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    real = nn.utils.clip_grad_norm_
+
+    def spy(parameters: Any, most: float) -> Tensor:
+        norm = real(parameters, most)
+        norms.append(norm.item())
+        return norm
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
+    for optimizer in ("AdamW", "SGD"):
+        train(train_config({**options, "batch_size": 8, "epochs": 1, "optimizer": optimizer}), progress=False)
+    assert norms[1] == pytest.approx(64 * norms[0], rel=1e-4)
 
 
 def test_accumulated_batches_step_as_one(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

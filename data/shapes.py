@@ -284,7 +284,7 @@ def background(size: int, rng: np.random.Generator) -> np.ndarray:
     cells = int(rng.integers(4, 24))
     coarse = rng.normal(0, rng.uniform(5, 20), (cells, cells, 3))
     clouds = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
-    image = (blend * colours[0] + (1 - blend) * colours[1] + clouds).clip(0, 255).astype(np.uint8)
+    image: np.ndarray = (blend * colours[0] + (1 - blend) * colours[1] + clouds).clip(0, 255).astype(np.uint8)
     for _ in range(rng.integers(0, 12)):
         (x1, y1), (x2, y2) = rng.integers(0, size, (2, 2)).tolist()
         colour = rng.integers(0, 256, 3).tolist()

@@ -25,43 +25,55 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    cfg: Path | None = Field(None, description="model YAML; not needed with --weights")
-    data: Path | None = Field(None, description="data set YAML")
-    weights: Path | None = Field(None, description="checkpoint to start from; what fits by name and shape is taken")
-    resume: Path | None = Field(None, description="run folder, or its last.pt, to go on with")
-    epochs: int = Field(100, ge=1, description="times that every training image is seen")
-    batch_size: int = Field(16, ge=1, description="images a step")
-    imgsz: int = Field(640, ge=32, description="side of the square that images are letterboxed into, pixels")
-    device: str = Field("", description="cpu, 0 or cuda:0; empty takes the first GPU, or the CPU")
-    project: Path = Field(Path("runs/train"), description="folder of the runs")
-    name: str = Field("exp", min_length=1, description="folder of this run; exp2, exp3, ... where it exists")
-    exist_ok: bool = Field(False, description="take the folder even where it exists")
-    seed: int = Field(0, ge=0, description="everything that is drawn by chance comes from it")
-    workers: int = Field(0, ge=0, description="processes that prepare images; 0 prepares them in this one")
-    cache: bool = Field(True, description="keep images in memory, scaled to imgsz, 1 GiB a split at most")
-    amp: Literal["auto", "off", "bf16", "fp16"] = Field(
-        "auto", description="numbers of the forward pass; auto measures on a CPU whether bf16 pays"
+    cfg: Path | None = Field(default=None, description="model YAML; not needed with --weights")
+    data: Path | None = Field(default=None, description="data set YAML")
+    weights: Path | None = Field(
+        default=None, description="checkpoint to start from; what fits by name and shape is taken"
     )
-    noval: bool = Field(False, description="evaluate after the last epoch only")
-    val_interval: int = Field(1, ge=1, description="epochs between evaluations; a short run makes about 10 at most")
+    resume: Path | None = Field(default=None, description="run folder, or its last.pt, to go on with")
+    epochs: int = Field(default=100, ge=1, description="times that every training image is seen")
+    batch_size: int = Field(default=16, ge=1, description="images a step")
+    imgsz: int = Field(default=640, ge=32, description="side of the square that images are letterboxed into, pixels")
+    device: str = Field(default="", description="cpu, 0 or cuda:0; empty takes the first GPU, or the CPU")
+    project: Path = Field(default=Path("runs/train"), description="folder of the runs")
+    name: str = Field(default="exp", min_length=1, description="folder of this run; exp2, exp3, ... where it exists")
+    exist_ok: bool = Field(default=False, description="take the folder even where it exists")
+    seed: int = Field(default=0, ge=0, description="everything that is drawn by chance comes from it")
+    workers: int = Field(default=0, ge=0, description="processes that prepare images; 0 prepares them in this one")
+    cache: bool = Field(default=True, description="keep images in memory, scaled to imgsz, 1 GiB a split at most")
+    amp: Literal["auto", "off", "bf16", "fp16"] = Field(
+        default="auto", description="numbers of the forward pass; auto measures on a CPU whether bf16 pays"
+    )
+    noval: bool = Field(default=False, description="evaluate after the last epoch only")
+    val_interval: int = Field(
+        default=1, ge=1, description="epochs between evaluations; a short run makes about 10 at most"
+    )
 
-    optimizer: Literal["auto", "SGD", "AdamW"] = Field("auto", description="auto: AdamW under 2,000 steps, else SGD")
-    lr0: float | None = Field(None, gt=0, description="largest learning rate; default 0.01 for SGD, 0.001 for AdamW")
-    lrf: float = Field(0.01, ge=0, le=1, description="the last learning rate is lr0 * lrf")
-    momentum: float = Field(0.937, ge=0, lt=1, description="of SGD; beta1 of AdamW")
-    weight_decay: float = Field(5e-4, ge=0, description="of convolution and linear weights")
-    warmup_epochs: float = Field(3.0, ge=0, description="epochs of rising learning rate; a tenth of the run at most")
+    optimizer: Literal["auto", "SGD", "AdamW"] = Field(
+        default="auto", description="auto: AdamW under 2,000 steps, else SGD"
+    )
+    lr0: float | None = Field(
+        default=None, gt=0, description="largest learning rate; default 0.01 for SGD, 0.001 for AdamW"
+    )
+    lrf: float = Field(default=0.01, ge=0, le=1, description="the last learning rate is lr0 * lrf")
+    momentum: float = Field(default=0.937, ge=0, lt=1, description="of SGD; beta1 of AdamW")
+    weight_decay: float = Field(default=5e-4, ge=0, description="of convolution and linear weights")
+    warmup_epochs: float = Field(
+        default=3.0, ge=0, description="epochs of rising learning rate; a tenth of the run at most"
+    )
 
-    mosaic: float = Field(1.0, ge=0, le=1, description="probability of joining four images")
-    close_mosaic: int | None = Field(None, ge=0, description="last epochs without mosaic; default a tenth, 1 to 10")
-    scale: float = Field(0.5, ge=0, le=0.9, description="images are scaled by 1 - scale to 1 + scale")
-    translate: float = Field(0.1, ge=0, le=0.9, description="and moved by up to this fraction of imgsz")
-    degrees: float = Field(0.0, ge=0, le=180, description="and turned by up to this angle")
-    hsv_h: float = Field(0.015, ge=0, le=1, description="largest relative change of hue")
-    hsv_s: float = Field(0.7, ge=0, le=1, description="of saturation")
-    hsv_v: float = Field(0.4, ge=0, le=1, description="of value")
-    fliplr: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
-    flipud: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
+    mosaic: float = Field(default=1.0, ge=0, le=1, description="probability of joining four images")
+    close_mosaic: int | None = Field(
+        default=None, ge=0, description="last epochs without mosaic; default a tenth, 1 to 10"
+    )
+    scale: float = Field(default=0.5, ge=0, le=0.9, description="images are scaled by 1 - scale to 1 + scale")
+    translate: float = Field(default=0.1, ge=0, le=0.9, description="and moved by up to this fraction of imgsz")
+    degrees: float = Field(default=0.0, ge=0, le=180, description="and turned by up to this angle")
+    hsv_h: float = Field(default=0.015, ge=0, le=1, description="largest relative change of hue")
+    hsv_s: float = Field(default=0.7, ge=0, le=1, description="of saturation")
+    hsv_v: float = Field(default=0.4, ge=0, le=1, description="of value")
+    fliplr: float = Field(default=0.5, ge=0, le=1, description="probability of a left-right flip")
+    flipud: float = Field(default=0.0, ge=0, le=1, description="probability of an upside-down flip")
 
 
 Config = TypeVar("Config", bound=BaseModel)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 SHORT_RUN = 2_000  # steps; fewer are too few for SGD
 
@@ -61,7 +62,7 @@ def averaged(network: nn.Module, total_steps: int, decay: float = 0.9999) -> Ave
     tau = max(min(2_000, total_steps / 5), 1)
 
     @torch.no_grad()
-    def follow(averages: Sequence[Tensor], currents: Sequence[Tensor], updates: Tensor | int) -> None:
+    def follow(averages: Tensors, currents: Tensors, updates: Tensor | int) -> None:
         keep = decay * (1 - math.exp(-int(updates) / tau))
         if averages[0].is_floating_point():  # all of one kind: they come grouped by type
             torch._foreach_lerp_(averages, currents, 1 - keep)

@@ -24,6 +24,7 @@ from models.spec import Anchors
 
 LARGEST_RATIO = 4.0  # of a box to its anchor, in width and height; also the bound that decode can reach
 BOX, OBJECTNESS, CLASS = 0.05, 1.0, 0.5  # gains of yolov5, meant for 3 levels, 640 pixels and 80 classes
+OBJECTNESS_FLOOR = 0.0
 BALANCE = {3: (4.0, 1.0, 0.4)}  # objectness weight of a level, finest first; its cells are many and mostly empty
 BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
 
@@ -113,7 +114,7 @@ class Detect(nn.Module):
         pixels = outputs[0].shape[2] * outputs[0].shape[3] * self.strides[0] ** 2
         share = 3 / levels
         box = box * BOX * share
-        objectness = objectness * OBJECTNESS * share * pixels / 640**2
+        objectness = objectness * OBJECTNESS * share * max(pixels / 640**2, OBJECTNESS_FLOOR)
         classes = classes * CLASS * share * self.num_classes / 80
         parts = {"box": box.detach(), "obj": objectness.detach(), "cls": classes.detach()}
         return box + objectness + classes, parts

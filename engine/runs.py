@@ -54,6 +54,11 @@ def _umask() -> int:
     return mask
 
 
+def write_text(path: str | Path, text: str) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows under the keys of the first one; None becomes an empty cell. Without rows there is no file."""
     if not rows:

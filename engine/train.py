@@ -41,7 +41,7 @@ from engine.optim import (
     make_optimizer,
     warmup_length,
 )
-from engine.runs import append_csv, atomically, draw_curves, new_run, read_csv, write_csv
+from engine.runs import append_csv, draw_curves, new_run, read_csv, write_csv, write_text
 from models.anchors import best_possible_recall, fit_anchors, needs_anchors, with_anchors
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, warm_start
 from models.network import Network, build
@@ -443,11 +443,6 @@ def epoch_line(row: Mapping[str, Any], epochs: int, heading: bool) -> str:
             shown[name] = "-" if value is None else f"{value:.2e}" if name == "lr" else f"{value:.4g}"
     line = " ".join(f"{value:>9}" for value in shown.values())
     return " ".join(f"{name:>9}" for name in shown) + "\n" + line if heading else line
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 @door

@@ -26,7 +26,7 @@ from engine.doors import door, option_parser, parse_device, parse_options
 from engine.evaluate import Metrics, check_imgsz, evaluate
 from engine.latency import measure_ms
 from engine.optim import averaged, choose_optimizer, lr_factor, make_optimizer, warmup_length
-from engine.runs import new_run, write_csv
+from engine.runs import new_run, write_csv, write_text
 from engine.train import (
     NOMINAL_BATCH,
     augmentation,
@@ -37,7 +37,6 @@ from engine.train import (
     no_number,
     pixels,
     read_labelled,
-    write_text,
 )
 from models.checkpoint import load_checkpoint, save_checkpoint, warm_start
 from models.graph import resolve

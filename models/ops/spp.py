@@ -9,7 +9,7 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from models.ops.conv import Conv
-from models.ops.primitives import DEFAULT, Act, Fraction, PlainKernel, Width, activation, conv, norm
+from models.ops.primitives import DEFAULT, Act, Fraction, Kernel, PlainKernel, Width, activation, conv, norm
 from models.registry import register_op
 
 
@@ -49,17 +49,24 @@ class SPPCSP(nn.Module):
     """
 
     def __init__(
-        self, c_in: int, c_out: Width, expansion: Fraction = 0.5, pools: Pools = (5, 9, 13), *, act: Act = DEFAULT
+        self,
+        c_in: int,
+        c_out: Width,
+        expansion: Fraction = 0.5,
+        pools: Pools = (5, 9, 13),
+        *,
+        kernel: Kernel = 3,
+        act: Act = DEFAULT,
     ) -> None:
         super().__init__()
         hidden = int(2 * c_out * expansion)
         self.cv1 = Conv(c_in, hidden, 1, act=act)
         self.cv2 = conv(c_in, hidden, 1)
-        self.cv3 = Conv(hidden, hidden, 3, act=act)
+        self.cv3 = Conv(hidden, hidden, kernel, act=act)
         self.cv4 = Conv(hidden, hidden, 1, act=act)
         self.m = nn.ModuleList(nn.MaxPool2d(size, stride=1, padding=size // 2) for size in pools)
         self.cv5 = Conv(hidden * (len(pools) + 1), hidden, 1, act=act)
-        self.cv6 = Conv(hidden, hidden, 3, act=act)
+        self.cv6 = Conv(hidden, hidden, kernel, act=act)
         self.bn = norm(2 * hidden, feeds=act)
         self.act = activation(act)
         self.cv7 = Conv(2 * hidden, c_out, 1, act=act)

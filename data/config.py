@@ -12,15 +12,13 @@ be left out. `download` says how to get the data set; it is shown when the folde
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from data.structures import Fault
+from data.structures import Fault, nearest
 
 FORMATS = ("yolo", "voc")
 SPLITS = ("train", "val", "test")
@@ -41,12 +39,6 @@ class DataSpec:
     images: str | None = None
     annotations: str | None = None
     download: str | None = None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question to end a message with, or nothing: ``"; did you mean 'train'?"``."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def read_data_spec(path: str | Path) -> DataSpec:

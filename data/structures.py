@@ -6,6 +6,8 @@ pixels of the network's input in `Targets` and `Detections`. A `Letterbox` leads
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,15 @@ class Fault(ValueError):
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+def nearest(word: object, words: Iterable[str]) -> str:
+    """``"; did you mean 'Conv'?"``, or nothing where no word is near."""
+    close = difflib.get_close_matches(str(word), list(words), n=1)
+    if not close:
+        lower = {known.lower(): known for known in words}
+        close = [lower[str(word).lower()]] if str(word).lower() in lower else []
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data.structures import Fault
+from data.structures import Fault, nearest
 from engine.runs import atomically
-from models.parse import nearest
 
 SPELLINGS = {"imgsz": ("--img", "--img-size"), "batch_size": ("--batch",)}  # that yolov5 knows too
 

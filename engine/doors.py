@@ -10,8 +10,7 @@ from functools import wraps
 
 import torch
 
-from data.structures import Fault
-from models.parse import nearest
+from data.structures import Fault, nearest
 
 
 def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.augment import letterbox
 from data.images import read_image
-from data.structures import Detections, Fault
+from data.structures import Detections, Fault, nearest
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.draw import draw_detections, write_image
 from engine.evaluate import check_imgsz, check_thresholds, timed, times_line, to_original
@@ -34,7 +34,6 @@ from engine.sources import (
 )
 from models.checkpoint import load_checkpoint, restore
 from models.network import Network
-from models.parse import nearest
 
 
 class Model(nn.Module):

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.structures import Fault
+from models.elastic import ElasticSequential, elastic_leaves
 from models.network import Network, build
 from models.parse import dump, parse_text
 from models.spec import ModelSpec
 
 FORMAT = "oneshot-yolo 1"
+CONTENT = {"yaml": str, "names": list, "imgsz": int, "state": dict, "training": dict | None, "plain": dict}
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise Fault(f"{path}: not a whole checkpoint ({str(problem).partition(chr(10))[0][:120]})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Fault(f"{path}: not a checkpoint of this program (format {FORMAT!r})")
+    for key, kind in CONTENT.items():
+        if not isinstance(content.get(key), kind):
+            raise Fault(f"{path}: a checkpoint without a usable {key!r}; it is damaged or not of this program")
+    if not all(isinstance(tensor, Tensor) for tensor in content["state"].values()):
+        raise Fault(f"{path}: a checkpoint whose 'state' holds other things than tensors")
     return Checkpoint(
         path,
         parse_text(content["yaml"], f"{path}[yaml]"),
         content["yaml"],
         tuple(content["names"]),
-        int(content["imgsz"]),
+        content["imgsz"],
         content["state"],
         content["training"],
         content["plain"],
@@ -115,8 +122,11 @@ def warm_start(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[st
     plain network's.
     """
     loaded, missing = [], []
+    bare = [f"{name}.0." for name, leaf in elastic_leaves(network) if isinstance(leaf, ElasticSequential) and leaf.bare]
     for name, tensor in network.state_dict().items():
-        source = state.get(name, state.get(re.sub(r"\.(norms|candidates)\.\d+(?=\.)", "", name)))
+        plain = re.sub(r"\.(norms|candidates)\.\d+(?=\.)", "", name)
+        single = next((plain.replace(start, start[:-2], 1) for start in bare if plain.startswith(start)), plain)
+        source = next((state[key] for key in (name, plain, single) if key in state), None)
         if source is None:
             missing.append(name)
             continue

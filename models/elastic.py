@@ -178,13 +178,16 @@ class SwitchableNorm(nn.Module):
 
 
 class ElasticSequential(nn.Module):
-    """The first `active` of a row of blocks. Every count of the choice is a prefix of the longest."""
+    """The first `active` of a row of blocks. Every count of the choice is a prefix of the longest.
+
+    `bare`: a single block stands for itself in a derived network, not in an ``nn.Sequential`` of one.
+    """
 
     gates: Tensor | None = None
 
-    def __init__(self, number: Choice, make: Callable[[], nn.Module]) -> None:
+    def __init__(self, number: Choice, make: Callable[[], nn.Module], bare: bool = False) -> None:
         super().__init__()
-        self.choice = number
+        self.choice, self.bare = number, bare
         self.active = max(number.options)
         for index in range(self.active):
             self.add_module(str(index), make())  # the keys that nn.Sequential has
@@ -213,7 +216,8 @@ class ElasticSequential(nn.Module):
         return _blend(self.gates, [prefixes[count - 1] for count in self.choice.options])
 
     def plain(self) -> nn.Module:
-        return nn.Sequential(*self.blocks()[: self.active])
+        blocks = self.blocks()[: self.active]
+        return blocks[0] if self.bare and len(blocks) == 1 else nn.Sequential(*blocks)
 
 
 @contextlib.contextmanager

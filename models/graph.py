@@ -6,18 +6,21 @@ against the ops' signatures and Shapes. Both collect every fault of a file befor
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import models.ops  # noqa: F401  (fills OPS)
-from data.structures import Fault
-from models.parse import nearest, row_text
+from data.structures import Fault, nearest
+from models.parse import SHORTHANDS, flow, known, row_text
 from models.registry import OPS, WIDTHS, Op, Shape
 from models.spec import Choice, LayerSpec, ModelSpec, Scaling
 
 IMAGE = Shape(3, 1)
+MOST_COMBINATIONS = 10_000  # of the choices of one row
+OWN = {"num_classes": "nc", "anchors": "anchors"}  # a head's arguments that are the file's, and the words for them
 DIVISOR = 8  # scaled widths are rounded up to a multiple of it
 
 
@@ -88,7 +91,7 @@ def resolve(spec: ModelSpec) -> Graph:
     faults: list[str] = []
     wrong = OPS["Conv"].check("act", spec.activation)
     if wrong:
-        faults.append(f"{spec.path}: activation: {wrong}")
+        faults.append(f"{spec.activation_at or spec.path}: activation {spec.activation!r} {wrong}")
     normal: list[LayerSpec | None] = []
     for index, layer in enumerate(spec.layers):
         try:
@@ -114,14 +117,8 @@ def resolve(spec: ModelSpec) -> Graph:
             faults += fault.lines
             continue
         nodes.append(node)
-        shapes[index] = node.output
-    heads = [index for index, layer in enumerate(spec.layers) if layer.op in OPS and OPS[layer.op].is_head]
-    last = spec.layers[-1]
-    if not faults and heads != [len(spec.layers) - 1]:
-        stands = f"row {heads[0]} of {len(spec.layers)}" if heads else "nowhere"
-        faults.append(
-            f"{last.where} layer {len(spec.layers) - 1}: a model ends in its one head; here it stands {stands}"
-        )
+        shapes[index] = node.output if not node.op.is_head else None
+    faults += _head_faults(spec)
     if faults:
         raise Fault(*faults)
     return Graph(replace(spec, layers=tuple(node.layer for node in nodes), scaling=Scaling()), tuple(nodes))
@@ -147,7 +144,8 @@ def _place(index: int, layer: LayerSpec) -> str:
 def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
     place = _place(index, layer)
     if layer.op not in OPS:
-        raise Fault(f"{place}: unknown module {layer.op!r}{nearest(layer.op, OPS)}")
+        ops = [*OPS, *SHORTHANDS]
+        raise Fault(f"{place}: unknown module {layer.op!r}{nearest(layer.op, ops) or known(ops)}")
     op = OPS[layer.op]
     for key in layer.kwargs:
         if key not in op.signature.parameters:
@@ -164,11 +162,13 @@ def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
             value = Choice(f"{label}.{name}", value.options)
         elif name in WIDTHS and isinstance(value, int) and not isinstance(value, bool):
             value = make_divisible(value * spec.scaling.width) if spec.scaling.width != 1 else value
-        for option in value.options if isinstance(value, Choice) else (value,):
-            final = _substitute(spec, option)
+        if op.is_head and name in OWN and _substitute(spec, value) != _substitute(spec, OWN[name]):
+            faults.append(f"{place}: {name} stands at the top of the file; write {OWN[name]} here, not {flow(value)}")
+            continue
+        for final in value.options if isinstance(value, Choice) else (_substitute(spec, value),):
             wrong = op.check(name, final)
             if wrong:
-                faults.append(f"{place}: {op}: {name} {wrong}, got {option!r}")
+                faults.append(f"{place}: {op}: {name}={flow(final)} {wrong}")
         values[name] = value
     if faults:
         raise Fault(*faults)
@@ -198,7 +198,9 @@ def _sources(index: int, layer: LayerSpec, names: Mapping[str, int]) -> tuple[in
     for source in layer.sources:
         if isinstance(source, str):
             if source not in names:
-                faults.append(f"{_place(index, layer)}: no row is named {source!r}{nearest(source, names)}")
+                faults.append(
+                    f"{_place(index, layer)}: no row is named {source!r}{nearest(source, names) or known(names) if names else ''}"
+                )
                 continue
             row = names[source]
         else:
@@ -206,8 +208,8 @@ def _sources(index: int, layer: LayerSpec, names: Mapping[str, int]) -> tuple[in
         if index == 0 and source == -1:
             row = -1  # the image
         elif not 0 <= row < index:
-            rows = f"rows 0 to {index - 1} stand before it" if index else "only -1, the image, is before it"
-            faults.append(f"{_place(index, layer)}: reads from {source}, but {rows}")
+            before = ("-1, the image, comes", "row 0 comes", f"rows 0 to {index - 1} come")[min(index, 2)]
+            faults.append(f"{_place(index, layer)}: reads from {flow(source)}, but only {before} before it")
         found.append(row)
     if not layer.sources:
         faults.append(f"{_place(index, layer)}: reads from no row")
@@ -236,17 +238,47 @@ def _node(
     if "act" in arguments and "act" not in row.kwargs and len(row.args) <= list(arguments).index("act"):
         arguments["act"] = spec.activation
     try:
-        output = op.infer(inputs, arguments)
+        output = _output(op, inputs, arguments)
     except ValueError as problem:
         raise Fault(f"{place}: {problem} ({reads})") from None
     inside = "number" in op.parameters
     most = max(row.repeats.options) if isinstance(row.repeats, Choice) else row.repeats
+    if op.many and most > 1:
+        raise Fault(f"{place}: {row.op} reads all its sources at once, so `number` is 1; got {flow(row.repeats)}")
     if not inside and most > 1 and output != inputs[0]:
         raise Fault(
             f"{place}: {row.op} is repeated {most} times but turns {inputs[0]} into {output}; "
             f"only a module that keeps its shape can be repeated"
         )
     return Node(index, row, op, sources, arguments, row.repeats, inputs, output)
+
+
+def _output(op: Op, inputs: Sequence[Shape], arguments: Mapping[str, Any]) -> Shape:
+    """The Shape of a row, whatever its choices pick. Raises ValueError where that differs or does not fit."""
+    choices = {name: value.options for name, value in arguments.items() if isinstance(value, Choice)}
+    if math.prod(map(len, choices.values())) > MOST_COMBINATIONS:
+        raise ValueError(f"its choices have more than {MOST_COMBINATIONS:,} combinations")
+    found: dict[Shape, str] = {}
+    for picks in itertools.product(*choices.values()):
+        picked = dict(zip(choices, picks, strict=True))
+        found.setdefault(op.infer(inputs, {**arguments, **picked}), flow(picked))
+    if len(found) > 1:
+        (one, here), (other, there) = list(found.items())[:2]
+        raise ValueError(f"options have to give one shape, but {here} gives {one} and {there} {other}")
+    return next(iter(found))
+
+
+def _head_faults(spec: ModelSpec) -> list[str]:
+    *before, last = spec.layers
+    faults = [
+        f"{_place(index, layer)}: a head is a model's last row; rows behind this one: {len(before) - index}"
+        for index, layer in enumerate(before)
+        if layer.op in OPS and OPS[layer.op].is_head
+    ]
+    if not faults and last.op in OPS and not OPS[last.op].is_head:
+        heads = " or ".join(name for name, op in OPS.items() if op.is_head)
+        faults.append(f"{_place(len(before), last)}: a model's last row is its head, {heads}; here it is {last.op}")
+    return faults
 
 
 def combinations(choices: Sequence[Choice]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.structures import Fault, Targets
-from models.elastic import IndependentRow
+from models.elastic import ElasticSequential, IndependentRow
 from models.graph import Graph, Node, combinations, resolve
 from models.ops.primitives import repeat
 from models.spec import Choice, ModelSpec
@@ -154,6 +154,8 @@ def _module(node: Node, arguments: Mapping[str, Any], repeats: int | Choice) -> 
     given = node.module_arguments() | dict(arguments)
     if "number" in node.op.parameters:
         return node.op.module(**given | {"number": repeats})
+    if isinstance(repeats, Choice):
+        return ElasticSequential(repeats, lambda: node.op.module(**given), bare=True)
     if repeats == 1:
         return node.op.module(**given)
     return repeat(repeats, lambda: node.op.module(**given))

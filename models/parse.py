@@ -6,7 +6,7 @@ here, because YAML 1.1 reads ``1e-3`` as a string and ``no`` as False, and lets 
 
 from __future__ import annotations
 
-import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from data.structures import Fault
+from data.structures import Fault, nearest
 from models.spec import Anchors, Choice, LayerSpec, ModelSpec, Scaling, Where
 
 LARGEST_FILE = 1_000_000  # bytes
@@ -35,6 +35,8 @@ INTEGER = re.compile(r"[-+]?[0-9]+")
 FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 CONSTANTS: dict[str, bool | None] = {"null": None, "~": None, "": None, "None": None}
 CONSTANTS |= {"true": True, "True": True, "false": False, "False": False}
+WORD = re.compile(r"[A-Za-z_]([\w. -]*[\w.-])?")  # text that needs no quotes
+ESCAPES = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
 
 def parse(source: str | os.PathLike[str]) -> ModelSpec:
@@ -57,10 +59,10 @@ def parse_text(text: str, path: str = "<text>", name: str = "model") -> ModelSpe
     faults: list[str] = []
     for key in top.value:
         if key not in TOP_KEYS:
-            faults.append(f"{top.key_where[key]}: unknown key {key!r}{nearest(key, TOP_KEYS)}")
+            faults.append(f"{top.key_where[key]}: unknown key {key!r}{nearest(key, TOP_KEYS) or known(TOP_KEYS)}")
     for key in ("nc", "backbone", "head"):
         if key not in top.value:
-            faults.append(f"{top.where}: key {key!r} is missing")
+            faults.append(f"{top.where}: key {key!r} is missing; a model file has nc, backbone and head")
 
     num_classes = top.get("nc", 1)
     if not _is_int(num_classes) or not 1 <= num_classes <= 100_000:
@@ -75,6 +77,9 @@ def parse_text(text: str, path: str = "<text>", name: str = "model") -> ModelSpe
     activation = top.get("activation", "silu")
     if not isinstance(activation, str):
         faults.append(f"{top.where_of('activation')}: activation is a name such as mish; got {activation!r}")
+    called = top.get("name", name)
+    if not isinstance(called, str) and not _is_number(called):
+        faults.append(f"{top.where_of('name')}: name is a word or a text in quotes; got {flow(called)}")
     anchors = _anchors(top, faults)
 
     rows: list[tuple[str, _Marked]] = []
@@ -99,26 +104,28 @@ def parse_text(text: str, path: str = "<text>", name: str = "model") -> ModelSpe
     if faults:
         raise Fault(*faults)
     return ModelSpec(
-        name=str(top.get("name", name)),
+        name=str(called),
         num_classes=num_classes,
         anchors=anchors,
         layers=tuple(layers),
         scaling=Scaling(*multiples),
         activation=activation,
         path=path,
+        activation_at=top.where_of("activation"),
     )
 
 
 def dump(spec: ModelSpec, comment: str = "") -> str:
     """`spec` as YAML text that `parse_text` reads back to the same model."""
     lines = [f"# {line}" for line in comment.splitlines()]
-    lines += [f"name: {_flow(spec.name)}", f"nc: {spec.num_classes}"]
+    lines += [f"name: {flow(spec.name)}", f"nc: {spec.num_classes}"]
     lines += [f"depth_multiple: {spec.scaling.depth}", f"width_multiple: {spec.scaling.width}"]
-    lines += [f"activation: {_flow(spec.activation)}"]
+    lines += [f"activation: {flow(spec.activation)}"]
     if isinstance(spec.anchors, int):
         lines.append(f"anchors: {spec.anchors}")
     else:
-        lines += ["anchors:", *(f"  - {_flow(level)}" for level in spec.anchors)]
+        levels = [[int(size) if size == int(size) else size for size in level] for level in spec.anchors]
+        lines += ["anchors:", *(f"  - {flow(level)}" for level in levels)]
     for section in ("backbone", "head"):
         lines += ["", f"{section}:"]
         for index, layer in enumerate(spec.layers):
@@ -133,17 +140,36 @@ def row_text(layer: LayerSpec) -> str:
     args = [*layer.args, dict(layer.kwargs)] if layer.kwargs else list(layer.args)
     if layer.name:
         row = {"name": layer.name, "from": source, "number": layer.repeats, "op": layer.op, "args": args}
-        return _flow(row)
-    return _flow([source, layer.repeats, layer.op, args])
+        return flow(row)
+    return flow([source, layer.repeats, layer.op, args])
 
 
-def nearest(word: object, words: Iterable[str]) -> str:
-    """``"; did you mean 'Conv'?"``, or nothing where no word is near."""
-    close = difflib.get_close_matches(str(word), list(words), n=1)
-    if not close:
-        lower = {known.lower(): known for known in words}
-        close = [lower[str(word).lower()]] if str(word).lower() in lower else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+def known(words: Iterable[str]) -> str:
+    """What to say where no word is near the one that was found."""
+    return f"; known are {', '.join(words)}"
+
+
+def flow(value: Any) -> str:
+    """A value as YAML on one line, as `parse_text` reads it back."""
+    if isinstance(value, Choice):
+        return f"{{choice: {flow(value.options)}}}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(flow(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "None", True: "True", False: "False"}[value]
+    if not isinstance(value, str):
+        return repr(value)
+    if WORD.fullmatch(value) and value not in CONSTANTS:
+        return value
+    if value.isprintable():
+        return "'" + value.replace("'", "''") + "'"
+    return '"' + "".join(c if c.isprintable() and c not in ESCAPES else _escaped(c) for c in value) + '"'
+
+
+def _escaped(character: str) -> str:
+    return ESCAPES.get(character, f"\\U{ord(character):08x}")
 
 
 # ---- rows
@@ -154,13 +180,15 @@ def _layer(index: int, section: str, row: _Marked) -> LayerSpec:
         parts = _named_row(row)
     elif isinstance(row.value, list):
         if len(row.value) != 4:
-            raise Fault(f"{row.where} layer {index}: a row is [from, number, module, args], got {_flow(row.plain())}")
+            raise Fault(f"{row.where} layer {index}: a row is [from, number, module, args], got {flow(row.plain())}")
         parts = dict(zip(ROW_KEYS[1:], row.value, strict=True))
     else:
-        raise Fault(f"{row.where} layer {index}: a row is [from, number, module, args], got {_flow(row.plain())}")
+        raise Fault(f"{row.where} layer {index}: a row is [from, number, module, args], got {flow(row.plain())}")
     name = parts["name"].plain() if "name" in parts else None
     if name is not None and (not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name)):
-        raise Fault(f"{parts['name'].where} layer {index}: a row's name is letters, digits and _; got {name!r}")
+        raise Fault(
+            f"{parts['name'].where} layer {index}: a row's name is a letter, then letters, digits and _; got {name!r}"
+        )
     label = name or str(index)
     faults: list[str] = []
 
@@ -169,7 +197,7 @@ def _layer(index: int, section: str, row: _Marked) -> LayerSpec:
     if not all(_is_int(source) or isinstance(source, str) for source in sources):
         faults.append(
             f"{parts['from'].where} layer {index}: `from` is a row's index or name, or a list of them; "
-            f"got {_flow(parts['from'].plain())}"
+            f"got {flow(parts['from'].plain())}"
         )
     repeats: Any = 1
     if "number" in parts:
@@ -178,14 +206,14 @@ def _layer(index: int, section: str, row: _Marked) -> LayerSpec:
         if not all(_is_int(count) and 1 <= count <= 1000 for count in counts):
             faults.append(
                 f"{parts['number'].where} layer {index}: `number` is how often the module is repeated, 1 to 1000; "
-                f"got {_flow(parts['number'].plain())}"
+                f"got {flow(parts['number'].plain())}"
             )
     op = parts["op"].plain()
     if not isinstance(op, str):
-        faults.append(f"{parts['op'].where} layer {index}: the module is a name, got {_flow(op)}")
+        faults.append(f"{parts['op'].where} layer {index}: the module is a name, got {flow(op)}")
     listed = parts["args"].value if "args" in parts else []
     if not isinstance(listed, list):
-        faults.append(f"{parts['args'].where} layer {index}: args is a list, got {_flow(parts['args'].plain())}")
+        faults.append(f"{parts['args'].where} layer {index}: args is a list, got {flow(parts['args'].plain())}")
         listed = []
     kwargs: dict[str, Any] = {}
     if listed and isinstance(listed[-1].value, dict) and "choice" not in listed[-1].value:
@@ -203,7 +231,9 @@ def _layer(index: int, section: str, row: _Marked) -> LayerSpec:
 def _named_row(row: _Marked) -> dict[str, _Marked]:
     for key in row.value:
         if key not in ROW_KEYS:
-            raise Fault(f"{row.key_where[key]}: unknown key {key!r} in a row{nearest(key, ROW_KEYS)}")
+            raise Fault(
+                f"{row.key_where[key]}: unknown key {key!r} in a row{nearest(key, ROW_KEYS) or known(ROW_KEYS)}"
+            )
     for key in ("from", "op"):
         if key not in row.value:
             raise Fault(f"{row.where}: a row needs the key {key!r}")
@@ -215,14 +245,18 @@ def _value(marked: _Marked, name: str) -> Any:
     if not isinstance(marked.value, dict):
         return marked.plain()
     if set(marked.value) != {"choice"}:
-        raise Fault(f"{marked.where}: a mapping here is a choice, {{choice: [3, 5]}}; got {_flow(marked.plain())}")
+        raise Fault(f"{marked.where}: a mapping here is a choice, {{choice: [3, 5]}}; got {flow(marked.plain())}")
     options = marked.value["choice"].plain()
-    if not isinstance(options, tuple) or any(isinstance(option, dict) for option in options):
-        raise Fault(f"{marked.where}: a choice needs a list of plain options, got {_flow(options)}")
+    if not isinstance(options, tuple) or _holds_mapping(options):
+        raise Fault(f"{marked.where}: a choice needs a list of plain options, got {flow(options)}")
     try:
         return Choice(name, options)
     except Fault as fault:
         raise Fault(f"{marked.where}: {fault}") from None
+
+
+def _holds_mapping(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, tuple) and any(_holds_mapping(item) for item in value))
 
 
 def _anchors(top: _Marked, faults: list[str]) -> Anchors:
@@ -241,7 +275,7 @@ def _anchors(top: _Marked, faults: list[str]) -> Anchors:
     if not good:
         faults.append(
             f"{top.where_of('anchors')}: anchors is how many a level (1 to 100), or for every level a list "
-            f"w, h, w, h, ... in pixels, the same number on each; got {_flow(anchors)}"
+            f"w, h, w, h, ... in pixels, the same number on each; got {flow(anchors)}"
         )
         return 3
     return tuple(tuple(float(value) for value in level) for level in anchors)
@@ -279,11 +313,14 @@ def _top(text: str, path: str) -> _Marked:
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
         where = Where(path, mark.line + 1, mark.column + 1) if mark else path
-        raise Fault(f"{where}: not valid YAML: {problem.problem or problem.context}") from None
+        said = ", ".join(part for part in (problem.context, problem.problem) if part)
+        raise Fault(f"{where}: not valid YAML: {said}") from None
     except yaml.YAMLError as problem:  # a character that YAML does not allow
         raise Fault(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
     except RecursionError:
         raise Fault(f"{path}: nested deeper than {DEEPEST_TREE} levels") from None
+    except (ValueError, OverflowError):  # of an escape or a directive
+        raise Fault(f"{path}: not valid YAML: it holds a number that is out of range") from None
     if root is None:
         raise Fault(f"{path}: the file is empty")
     count = [0]
@@ -295,6 +332,9 @@ def _top(text: str, path: str) -> _Marked:
             raise Fault(f"{where}: more than {LARGEST_TREE} values")
         if depth > DEEPEST_TREE:
             raise Fault(f"{where}: nested deeper than {DEEPEST_TREE} levels")
+        if node.tag != _tag_without_asking(node):
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise Fault(f"{where}: tag {tag!r} is not allowed; values are plain words, numbers, lists and mappings")
         if isinstance(node, yaml.ScalarNode):
             return _Marked(_scalar(node, where), where, {})
         if isinstance(node, yaml.SequenceNode):
@@ -318,10 +358,14 @@ def _top(text: str, path: str) -> _Marked:
     return top
 
 
+def _tag_without_asking(node: yaml.Node) -> str:
+    """The tag that YAML gives to a node whose text names none."""
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return str(yaml.resolver.Resolver().resolve(type(node), node.value, (plain, not plain)))
+
+
 def _scalar(node: yaml.ScalarNode, where: Where) -> Any:
     text = node.value
-    if node.tag.startswith("!"):
-        raise Fault(f"{where}: tag {node.tag!r} is not allowed")
     if node.style in ("'", '"', "|", ">"):
         return text
     if text in CONSTANTS:
@@ -331,6 +375,8 @@ def _scalar(node: yaml.ScalarNode, where: Where) -> Any:
             raise Fault(f"{where}: {text[:20]}... is too large a number")
         return int(text)
     if FLOAT.fullmatch(text):
+        if not math.isfinite(float(text)):
+            raise Fault(f"{where}: {text[:20]} is too large a number")
         return float(text)
     return text
 
@@ -341,21 +387,3 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _flow(value: Any) -> str:
-    """A value as YAML on one line."""
-    if isinstance(value, Choice):
-        return f"{{choice: {_flow(value.options)}}}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_flow(item) for item in value) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "None", True: "True", False: "False"}[value]
-    if isinstance(value, float):
-        return repr(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
-    text = str(value)
-    if isinstance(value, str) and (not re.fullmatch(r"[A-Za-z_][\w. -]*", text) or text in CONSTANTS or ": " in text):
-        return "'" + text.replace("'", "''") + "'"
-    return text

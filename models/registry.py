@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
+from models.parse import flow
 from models.spec import Choice
 
 FILLED = ("self", "c_in", "inputs", "number")
@@ -71,7 +72,7 @@ class Op:
             if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
                 shown.append("*")
             default = parameter.default
-            shown.append(name if default is parameter.empty else f"{name}={default}")
+            shown.append(name if default is parameter.empty else f"{name}={flow(default)}")
         return f"{self.name}({', '.join(shown)})"
 
     def may_choose(self, argument: str) -> bool:
@@ -79,12 +80,13 @@ class Op:
         return Choice in _parts(self.hints.get(argument))
 
     def check(self, argument: str, value: Any) -> str | None:
-        """What is wrong with a plain value of an argument, or None."""
+        """What is wrong with a plain value of an argument, to be read after the value; None where nothing is."""
         try:
             _adapter(self.name, argument).validate_python(value)
         except ValidationError as problem:
             first = problem.errors()[0]
-            return str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
+            said = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
+            return said.replace("a valid boolean", "True or False").replace("a valid tuple", "a list")
         return None
 
 
@@ -96,9 +98,9 @@ def register_op(
 ) -> Callable[[Module], Module]:
     """Puts an ``nn.Module`` into the table under its class name, or under `name`. `many`: it takes a list of maps.
 
-    `infer` maps the sources' Shapes and the named arguments to the output Shape; it raises ValueError with the reason
-    where they do not fit. Left out, an op has one source and gives ``c_out`` channels (or what it got) at
-    ``stride`` times the source's stride.
+    `infer` maps the sources' Shapes and the named arguments, choices picked, to the output Shape; it raises ValueError
+    with the reason where they do not fit. Left out, an op has one source and gives ``c_out`` channels (or what it got)
+    at ``stride`` times the source's stride.
     """
 
     def register(module: Module) -> Module:
@@ -116,17 +118,16 @@ def one_to_one(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
     source = inputs[0]
     stride, kernel, padding = args.get("stride", 1), args.get("kernel", 1), args.get("padding")
     groups, c_out = args.get("groups", 1), args.get("c_out", source.channels)
-    kernels = kernel.options if isinstance(kernel, Choice) else kernel if isinstance(kernel, tuple) else (kernel,)
-    for size in kernels:
-        margin = (size - 1) // 2 if padding is None else padding
-        if not size - stride <= 2 * margin < size:
-            raise ValueError(
-                f"kernel {size} with padding {margin} and stride {stride} does not give size // {stride}; "
-                f"an odd kernel with padding left out does"
-            )
-    for channels, side in ((source.channels, "source's"), (c_out, "output's")):
-        if isinstance(groups, int) and channels % groups:
-            raise ValueError(f"groups {groups} does not divide the {side} {channels} channels")
+    margin = (kernel - 1) // 2 if padding is None else padding
+    if not kernel - stride <= 2 * margin < kernel:
+        wanted = "keep the map's size" if stride == 1 else f"divide the map's size by {stride}"
+        raise ValueError(
+            f"kernel {kernel}, stride {stride} and padding {margin} do not {wanted}; "
+            f"an odd kernel with padding left out does"
+        )
+    for channels in (source.channels, c_out):
+        if channels % groups:
+            raise ValueError(f"groups {groups} does not divide {channels} channels")
     return Shape(c_out, source.stride * stride)
 
 

@@ -94,6 +94,7 @@ class ModelSpec:
     scaling: Scaling = Scaling()
     activation: str = "silu"
     path: str = "<text>"
+    activation_at: Where | None = field(default=None, compare=False)  # for a fault
 
     def __iter__(self) -> Iterator[LayerSpec]:
         return iter(self.layers)

@@ -291,7 +291,7 @@ def alpha_rows(supernet: Supernet, step: int) -> list[dict[str, Any]]:
     return [
         {"step": step, "choice": decision.name, "option": option, "alpha": float(alpha), "probability": float(p)}
         for decision, alphas in zip(supernet.decisions, supernet.alphas, strict=True)
-        for option, alpha, p in zip(decision.options, alphas, alphas.softmax(dim=0), strict=True)
+        for option, alpha, p in zip(decision.options, alphas.detach(), alphas.detach().softmax(dim=0), strict=True)
     ]
 
 

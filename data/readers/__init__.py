@@ -15,10 +15,10 @@ from types import ModuleType
 import numpy as np
 from tqdm import tqdm
 
-from data.config import SPLITS, DataSpec, nearest
+from data.config import SPLITS, DataSpec
 from data.images import SUFFIXES, image_size
 from data.readers import voc, yolo
-from data.structures import Fault, Sample
+from data.structures import Fault, Sample, nearest
 
 READERS: dict[str, ModuleType] = {"yolo": yolo, "voc": voc}
 MOST_FAULTS = 20  # lines shown before "... and N more"

@@ -15,8 +15,8 @@ from xml.parsers import expat
 
 import numpy as np
 
-from data.config import DataSpec, nearest
-from data.structures import Fault
+from data.config import DataSpec
+from data.structures import Fault, nearest
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 

@@ -103,9 +103,9 @@ class Detect(nn.Module):
                 predicted = cxcywh_to_xyxy(torch.cat((centre, size), dim=1))
                 iou, ciou = complete_iou(predicted, targets.boxes[found].to(predicted) / stride)
                 box = box + (1 - ciou).mean()
-                order = iou.detach().argsort()  # where boxes share a cell, the best one stays
-                cells = image[order], anchor[order], row[order], column[order]
-                goal[cells] = iou.detach()[order].to(goal.dtype)
+                _, anchors, height, width = goal.shape
+                cell = ((image * anchors + anchor) * height + row) * width + column
+                goal.view(-1).scatter_reduce_(0, cell, iou.detach(), "amax")  # where boxes share a cell, the best stays
                 if self.num_classes > 1:
                     truth = F.one_hot(targets.labels[found], self.num_classes).to(picked.dtype)
                     classes = classes + F.binary_cross_entropy_with_logits(picked[:, 5:], truth)

@@ -6,15 +6,37 @@ the second branch, and one batch norm and activation work on their concatenation
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from models.ops.conv import Conv
 from models.ops.primitives import DEFAULT, Act, Count, Fraction, Kernel, Width, activation, conv, norm, repeat
-from models.registry import register_op
+from models.registry import Shape, one_to_one, register_op
 
 
-@register_op()
+def hidden_channels(args: Mapping[str, Any], channels: int) -> int:
+    """`channels` times the argument `expansion`, rounded down. Raises ValueError where none is left."""
+    hidden = int(channels * args.get("expansion", 1.0))
+    if hidden < 1:
+        raise ValueError(f"expansion {args['expansion']} of {channels} leaves no channel")
+    return hidden
+
+
+def bottleneck_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    hidden = hidden_channels(args, args["c_out"])
+    return one_to_one([Shape(hidden, inputs[0].stride)], args)  # of the second convolution, the grouped one
+
+
+def csp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    hidden = hidden_channels(args, args["c_out"])
+    one_to_one([Shape(hidden, inputs[0].stride)], {**args, "c_out": hidden})  # inside the bottlenecks
+    return Shape(args["c_out"], inputs[0].stride)
+
+
+@register_op(infer=bottleneck_shape)
 class Bottleneck(nn.Module):
     """1x1 convolution, then `kernel` x `kernel`; added to the input where `shortcut` is asked for and channels agree.
 
@@ -43,7 +65,7 @@ class Bottleneck(nn.Module):
         return x + y if self.add else y
 
 
-@register_op()
+@register_op(infer=csp_shape)
 class BottleneckCSP(nn.Module):
     """Cross-stage-partial block: half the channels go through `number` bottlenecks, half past them.
 
@@ -78,7 +100,7 @@ class BottleneckCSP(nn.Module):
         return self.cv4(self.act(self.bn(torch.cat((deep, past), dim=1))))
 
 
-@register_op()
+@register_op(infer=csp_shape)
 class BottleneckCSP2(nn.Module):
     """The neck's cross-stage-partial block of ScaledYOLOv4: one 1x1 first, both branches from it, no halving.
 

@@ -30,7 +30,7 @@ def _known_activation(name: str) -> str:
     if name not in ACTIVATIONS:
         close = difflib.get_close_matches(name, ACTIVATIONS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(ACTIVATIONS)}"
-        raise ValueError(f"unknown activation {name!r}; {hint}")
+        raise ValueError(f"is unknown; {hint}")
     return name
 
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from models.ops.conv import Conv
+from models.ops.csp import hidden_channels
 from models.ops.primitives import DEFAULT, Act, Fraction, Kernel, PlainKernel, Width, activation, conv, norm
-from models.registry import register_op
+from models.registry import Shape, one_to_one, register_op
 
 
 def _odd(sizes: tuple[int, ...]) -> tuple[int, ...]:
     if not sizes or any(size % 2 == 0 for size in sizes):
-        raise ValueError(f"pool sizes are odd numbers, got {list(sizes)}")
+        raise ValueError("should be a list of odd numbers")
     return sizes
 
 
 Pools = Annotated[tuple[PlainKernel, ...], AfterValidator(_odd)]
 
 
-@register_op()
+def spp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    if inputs[0].channels < 2:
+        raise ValueError("half of the source's one channel is none")
+    return one_to_one(inputs, args)
+
+
+@register_op(infer=spp_shape)
 class SPP(nn.Module):
     """1x1 to half the channels, max pools of `pools` beside it, 1x1 over all.
 
@@ -41,7 +49,12 @@ class SPP(nn.Module):
         return self.cv2(torch.cat([x, *(pool(x) for pool in self.m)], dim=1))
 
 
-@register_op()
+def sppcsp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    hidden_channels(args, 2 * args["c_out"])
+    return one_to_one(inputs, args)
+
+
+@register_op(infer=sppcsp_shape)
 class SPPCSP(nn.Module):
     """Spatial pyramid pooling inside a cross-stage-partial block (ScaledYOLOv4, arXiv 2011.08036).
 

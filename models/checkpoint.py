@@ -109,7 +109,7 @@ def restore(checkpoint: Checkpoint) -> Network:
         if key not in wanted or key not in checkpoint.state or wanted[key].shape != checkpoint.state[key].shape
     ]
     if wrong:
-        raise Fault(f"{checkpoint.path}: {len(wrong)} tensors do not fit its own YAML, such as {sorted(wrong)[0]!r}")
+        raise Fault(f"{checkpoint.path}: {len(wrong)} of its tensors do not fit its YAML, such as {sorted(wrong)[0]!r}")
     network.load_state_dict(checkpoint.state)
     return network.eval()
 

@@ -198,9 +198,8 @@ def _sources(index: int, layer: LayerSpec, names: Mapping[str, int]) -> tuple[in
     for source in layer.sources:
         if isinstance(source, str):
             if source not in names:
-                faults.append(
-                    f"{_place(index, layer)}: no row is named {source!r}{nearest(source, names) or known(names) if names else ''}"
-                )
+                hint = nearest(source, names) or known(names)
+                faults.append(f"{_place(index, layer)}: no row is named {source!r}{hint}")
                 continue
             row = names[source]
         else:

@@ -40,6 +40,8 @@ class Network(nn.Module):
         self.graph = graph
         self.layers = nn.ModuleList(_build_row(node, supernet) for node in graph.nodes)
         self._last_use = graph.last_use()
+        for layer in self.layers[:-1]:
+            layer.apply(_initialize)
 
     @property
     def spec(self) -> ModelSpec:
@@ -96,6 +98,12 @@ class Network(nn.Module):
         """Boxes ``[N, M, 4]`` xyxy in pixels of the input and scores ``[N, M, classes]``, before suppression."""
         outputs, _ = self(images)
         return self.head.decode([y if y.dtype == torch.float64 else y.float() for y in outputs])
+
+
+def _initialize(module: nn.Module) -> None:
+    """He et al. (arXiv 1502.01852) by fan-out: with torch's own start, deep blocks with Mish learn much later."""
+    if isinstance(module, nn.Conv2d | ElasticConv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def build(spec: ModelSpec, supernet: str | None = None) -> Network:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from data.structures import Fault, nearest
 from models.spec import Anchors, Choice, LayerSpec, ModelSpec, Scaling, Where
 
 LARGEST_FILE = 1_000_000  # bytes
-LARGEST_TREE = 200_000  # YAML nodes, aliases counted as often as they are used
+LARGEST_TREE = 50_000  # YAML nodes, aliases counted as often as they are used
 DEEPEST_TREE = 40
 
 TOP_KEYS = ("name", "nc", "depth_multiple", "width_multiple", "activation", "anchors", "backbone", "head")
@@ -35,6 +35,7 @@ INTEGER = re.compile(r"[-+]?[0-9]+")
 FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 CONSTANTS: dict[str, bool | None] = {"null": None, "~": None, "": None, "None": None}
 CONSTANTS |= {"true": True, "True": True, "false": False, "False": False}
+RESOLVER = yaml.resolver.Resolver()
 WORD = re.compile(r"[A-Za-z_]([\w. -]*[\w.-])?")  # text that needs no quotes
 ESCAPES = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
@@ -144,9 +145,9 @@ def row_text(layer: LayerSpec) -> str:
     return flow([source, layer.repeats, layer.op, args])
 
 
-def known(words: Iterable[str]) -> str:
-    """What to say where no word is near the one that was found."""
-    return f"; known are {', '.join(words)}"
+def known(words: Collection[str]) -> str:
+    """``"; known are relu, mish"``, for where no word is near the one that was found."""
+    return f"; known are {', '.join(words)}" if words else ""
 
 
 def flow(value: Any) -> str:
@@ -361,7 +362,7 @@ def _top(text: str, path: str) -> _Marked:
 def _tag_without_asking(node: yaml.Node) -> str:
     """The tag that YAML gives to a node whose text names none."""
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
-    return str(yaml.resolver.Resolver().resolve(type(node), node.value, (plain, not plain)))
+    return str(RESOLVER.resolve(type(node), node.value, (plain, not plain)))
 
 
 def _scalar(node: yaml.ScalarNode, where: Where) -> Any:

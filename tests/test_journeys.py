@@ -14,7 +14,6 @@ from data.shapes import draw_shapes
 from engine.evaluate import main as val
 from engine.infer import main as detect
 from engine.train import main as train
-from models.elastic import elastic_leaves
 from models.parse import parse
 from search.run import main as search
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.structures import Fault, Targets
-from models.elastic import ElasticSequential, IndependentRow
+from models.elastic import ElasticConv2d, ElasticSequential, IndependentRow
 from models.graph import Graph, Node, combinations, resolve
 from models.ops.primitives import repeat
 from models.spec import Choice, ModelSpec

@@ -16,11 +16,11 @@ HEADLESS  := $(VENV)/headless
 DEMO                := runs/demo
 DEMO_DATA           := datasets/shapes
 DEMO_CFG            := cfg/models/tiny-search.yaml
-DEMO_SUPERNET       := shared
 DEMO_IMGSZ          := 160
-DEMO_EPOCHS         := 10
+DEMO_BUDGET         := macs=250M
+DEMO_SEARCH_EPOCHS  := 6
 DEMO_RETRAIN_EPOCHS := 10
-DEMO_BUDGET         := macs=100M
+DEMO_RECIPE         := --batch-size 4 --imgsz $(DEMO_IMGSZ) --lr0 0.007 --mosaic 0 --scale 0.1 --hsv-h 0 --hsv-s 0 --hsv-v 0
 
 .PHONY: help .venv test lint demo clean
 .DELETE_ON_ERROR:
@@ -60,13 +60,21 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/mypy
 
 demo: $(INSTALLED)  ## draw a data set, search, derive, retrain, detect
+	rm -rf $(DEMO)
 	$(PY) -m data shapes $(DEMO_DATA)
-	$(PY) search.py --cfg $(DEMO_CFG) --data $(DEMO_DATA)/data.yaml --supernet $(DEMO_SUPERNET) \
-	    --imgsz $(DEMO_IMGSZ) --epochs $(DEMO_EPOCHS) \
-	    --budget $(DEMO_BUDGET) --retrain-epochs $(DEMO_RETRAIN_EPOCHS) --out $(DEMO)
-	$(PY) detect.py --weights $(DEMO)/best.pt --source $(DEMO_DATA)/images/val \
-	    --project $(DEMO) --name detections --exist-ok
-	$(PY) val.py --weights $(DEMO)/best.pt --data $(DEMO_DATA)/data.yaml
+	$(PY) search.py --cfg $(DEMO_CFG) --data $(DEMO_DATA)/data.yaml --supernet shared --budget $(DEMO_BUDGET) \
+	    --epochs $(DEMO_SEARCH_EPOCHS) $(DEMO_RECIPE) --project $(DEMO) --name search
+	$(PY) train.py --cfg $(DEMO)/search/best.yaml --weights $(DEMO)/search/best.pt --data $(DEMO_DATA)/data.yaml \
+	    --epochs $(DEMO_RETRAIN_EPOCHS) $(DEMO_RECIPE) --project $(DEMO) --name train
+	$(PY) detect.py --weights $(DEMO)/train/best.pt --source $(DEMO_DATA)/images/val --project $(DEMO) --name images
+	$(PY) detect.py --weights $(DEMO)/train/best.pt --source $(DEMO_DATA)/video.mp4 --project $(DEMO) --name video
+	$(PY) val.py --weights $(DEMO)/train/best.pt --data $(DEMO_DATA)/data.yaml
+	@echo
+	@echo "the front of subnets      $(DEMO)/search/front.png"
+	@echo "how the training went     $(DEMO)/train/results.png"
+	@echo "boxes on images           $(DEMO)/images/"
+	@echo "boxes on a video          $(DEMO)/video/video.mp4"
+	@echo "the detector              $(DEMO)/train/best.pt, described by $(DEMO)/search/best.yaml"
 
 clean:  ## remove the environment and caches; runs/ and datasets/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

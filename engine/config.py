@@ -16,25 +16,20 @@ from engine.runs import atomically
 SPELLINGS = {"imgsz": ("--img", "--img-size"), "batch_size": ("--batch",)}  # that yolov5 knows too
 
 
-class TrainConfig(BaseModel):
-    """What `engine.train.train` needs to know. Names and meanings are yolov5's where it has the option.
-
-    Built from user input by `train_config`, which turns what is wrong into a `Fault`.
-    """
+class RunConfig(BaseModel):
+    """The options that every kind of run has. Names and meanings are yolov5's where it has the option."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    cfg: Path | None = Field(default=None, description="model YAML; not needed with --weights")
+    cfg: Path | None = Field(default=None, description="model YAML")
     data: Path | None = Field(default=None, description="data set YAML")
     weights: Path | None = Field(
         default=None, description="checkpoint to start from; what fits by name and shape is taken"
     )
-    resume: Path | None = Field(default=None, description="run folder, or its last.pt, to go on with")
     epochs: int = Field(default=100, ge=1, description="times that every training image is seen")
     batch_size: int = Field(default=16, ge=1, description="images a step")
     imgsz: int = Field(default=640, ge=32, description="side of the square that images are letterboxed into, pixels")
     device: str = Field(default="", description="cpu, 0 or cuda:0; empty takes the first GPU, or the CPU")
-    project: Path = Field(default=Path("runs/train"), description="folder of the runs")
     name: str = Field(default="exp", min_length=1, description="folder of this run; exp2, exp3, ... where it exists")
     exist_ok: bool = Field(default=False, description="take the folder even where it exists")
     seed: int = Field(default=0, ge=0, description="everything that is drawn by chance comes from it")
@@ -43,16 +38,12 @@ class TrainConfig(BaseModel):
     amp: Literal["auto", "off", "bf16", "fp16"] = Field(
         default="auto", description="numbers of the forward pass; auto measures on a CPU whether bf16 pays"
     )
-    noval: bool = Field(default=False, description="evaluate after the last epoch only")
-    val_interval: int = Field(
-        default=1, ge=1, description="epochs between evaluations; a short run makes about 10 at most"
-    )
 
     optimizer: Literal["auto", "SGD", "AdamW"] = Field(
         default="auto", description="auto: AdamW under 2,000 steps, else SGD"
     )
     lr0: float | None = Field(
-        default=None, gt=0, description="largest learning rate; default 0.01 for SGD, 0.001 for AdamW"
+        default=None, gt=0, description="largest learning rate; default 0.01 for SGD, 0.005 for AdamW"
     )
     lrf: float = Field(default=0.01, ge=0, le=1, description="the last learning rate is lr0 * lrf")
     momentum: float = Field(default=0.937, ge=0, lt=1, description="of SGD; beta1 of AdamW")
@@ -73,6 +64,20 @@ class TrainConfig(BaseModel):
     hsv_v: float = Field(default=0.4, ge=0, le=1, description="of value")
     fliplr: float = Field(default=0.5, ge=0, le=1, description="probability of a left-right flip")
     flipud: float = Field(default=0.0, ge=0, le=1, description="probability of an upside-down flip")
+
+
+class TrainConfig(RunConfig):
+    """What `engine.train.train` needs to know: the options of ``train.py``.
+
+    Built from user input by `train_config`, which turns what is wrong into a `Fault`.
+    """
+
+    resume: Path | None = Field(default=None, description="run folder, or its last.pt, to go on with")
+    project: Path = Field(default=Path("runs/train"), description="folder of the runs")
+    noval: bool = Field(default=False, description="evaluate after the last epoch only")
+    val_interval: int = Field(
+        default=1, ge=1, description="epochs between evaluations; a short run makes about 10 at most"
+    )
 
 
 Config = TypeVar("Config", bound=BaseModel)

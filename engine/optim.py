@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
+LEARNING_RATES = {"SGD": 0.01, "AdamW": 0.005}  # where --lr0 names none
 SHORT_RUN = 2_000  # steps; fewer are too few for SGD
 
 

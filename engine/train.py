@@ -29,11 +29,12 @@ from data.loader import batches
 from data.readers import Split, read_split
 from data.structures import Batch, Fault, Sample
 from engine.calibrate import calibrate
-from engine.config import TrainConfig, add_options, option_name, read_options, save_config, train_config
+from engine.config import RunConfig, TrainConfig, add_options, option_name, read_options, save_config, train_config
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.draw import grid, write_image
 from engine.evaluate import Metrics, check_imgsz, check_names, evaluate
 from engine.optim import (
+    LEARNING_RATES,
     SHORT_RUN,
     averaged,
     choose_optimizer,
@@ -116,7 +117,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     total_steps = config.epochs * steps_per_epoch
     warmup_steps = warmup_length(config.warmup_epochs, steps_per_epoch, total_steps)
     chosen = choose_optimizer(config.optimizer, total_steps)
-    lr = config.lr0 or {"SGD": 0.01, "AdamW": 0.001}[chosen]
+    lr = config.lr0 or LEARNING_RATES[chosen]
     say(
         f"{chosen}, lr {lr:g}, {total_steps} steps of {batch_size * accumulate} images"
         f" ({warmup_steps} to warm up), {config.epochs} epochs"
@@ -292,7 +293,7 @@ def read_labelled(data: DataSpec, split: str) -> Split:
 
 
 def describe(
-    config: TrainConfig,
+    config: RunConfig,
     data: DataSpec,
     start: Checkpoint | None,
     samples: Sequence[Sample],
@@ -327,14 +328,14 @@ def box_sizes(samples: Sequence[Sample], imgsz: int) -> np.ndarray:
     return np.concatenate(scaled)
 
 
-def closing_epochs(config: TrainConfig) -> int:
+def closing_epochs(config: RunConfig) -> int:
     """The last epochs without mosaic: as asked, or a tenth of the run, 1 to 10; none where one epoch is all."""
     if config.close_mosaic is not None:
         return config.close_mosaic
     return min(max(config.epochs // 10, 1), 10, config.epochs - 1)
 
 
-def augmentation(config: TrainConfig) -> Augment:
+def augmentation(config: RunConfig) -> Augment:
     hsv = (config.hsv_h, config.hsv_s, config.hsv_v)
     return Augment(
         mosaic=config.mosaic,

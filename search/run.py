@@ -25,7 +25,7 @@ from engine.config import add_options, checked, save_config
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.evaluate import Metrics, check_imgsz, evaluate
 from engine.latency import measure_ms
-from engine.optim import averaged, choose_optimizer, lr_factor, make_optimizer, warmup_length
+from engine.optim import LEARNING_RATES, averaged, choose_optimizer, lr_factor, make_optimizer, warmup_length
 from engine.runs import new_run, write_csv, write_text
 from engine.train import (
     NOMINAL_BATCH,
@@ -93,7 +93,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult:
         say(f"note: {note}")
 
     # The space and what its subnets cost. A budget that cannot be met ends here, before anything is trained.
-    spec = describe(config.training(), data, None, train_split.samples, say)
+    spec = describe(config, data, None, train_split.samples, say)
     torch.manual_seed(config.seed)  # first weights
     supernet = Supernet(spec, config.supernet)
     check_imgsz(config.imgsz, supernet.network.max_stride)
@@ -117,7 +117,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult:
     say(f"results in {folder}")
 
     # Train, propose, judge.
-    weight_images = DetectionSet(weight_samples, config.imgsz, augmentation(config.training()), config.seed)
+    weight_images = DetectionSet(weight_samples, config.imgsz, augmentation(config), config.seed)
     judge_images = DetectionSet(judge_samples, config.imgsz, None, config.seed)
     train_supernet(supernet, weight_images, judge_images, budgets, tables, config, folder, device, progress, say)
     proposed = propose(
@@ -210,15 +210,14 @@ def train_supernet(
             f"--epochs {config.epochs}: {total_steps} steps leave none for the architecture parameters, which move "
             f"every {config.arch_every} steps after {arch_from}; more epochs or a smaller batch would be right"
         )
-    chosen = choose_optimizer("auto", total_steps)
-    lr = config.lr0 or {"SGD": 0.01, "AdamW": 0.001}[chosen]
-    training = config.training()
-    optimizer = make_optimizer(network, chosen, lr=lr, momentum=training.momentum, weight_decay=training.weight_decay)
+    chosen = choose_optimizer(config.optimizer, total_steps)
+    lr = config.lr0 or LEARNING_RATES[chosen]
+    optimizer = make_optimizer(network, chosen, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
     arch_lr = config.arch_lr or min(max(ALPHA_REACH / arch_steps, SLOWEST_ALPHA), FASTEST_ALPHA)
     arch_optimizer = torch.optim.Adam(supernet.alphas, lr=arch_lr, betas=(0.0, 0.999))  # ProxylessNAS's betas
     ema = averaged(network, total_steps)
-    warmup_steps = warmup_length(training.warmup_epochs, steps_per_epoch, total_steps)
-    calm_from = config.epochs - closing_epochs(training) + 1
+    warmup_steps = warmup_length(config.warmup_epochs, steps_per_epoch, total_steps)
+    calm_from = config.epochs - closing_epochs(config) + 1
     priced = [budget for budget in budgets if budget.metric in tables]
     prices = Prices(lambdas=(1.0,) * len(priced))
     say(f"{chosen}, lr {lr:g}, {total_steps} weight steps; {arch_steps} steps of alpha, lr {arch_lr:.2g}")
@@ -241,7 +240,7 @@ def train_supernet(
         ):
             supernet.activate(supernet.picks(fair_options(supernet.decisions, config.seed, step)))
             for group in optimizer.param_groups:
-                group["lr"] = lr * lr_factor(step, total_steps, warmup_steps, training.lrf)
+                group["lr"] = lr * lr_factor(step, total_steps, warmup_steps, config.lrf)
             with autocast(device, amp):
                 outputs, _ = network(pixels(batch, device))
             loss, parts = network.loss_from(outputs, batch.targets.to(device))

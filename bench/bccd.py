@@ -33,6 +33,7 @@ from search.run import search  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 DATA = ROOT / "cfg" / "data" / "bccd.yaml"
+RECIPE = {"batch_size": 8, "lr0": 0.005, "mosaic": 0.3, "scale": 0.3, "flipud": 0.5}
 
 
 def main() -> None:
@@ -56,12 +57,12 @@ def main() -> None:
                 cfg=options.cfg,
                 data=DATA,
                 epochs=options.search_epochs,
-                batch_size=8,
                 imgsz=options.imgsz,
                 budget=(options.budget,),
                 project=project,
                 name=searched.name,
                 exist_ok=True,
+                **RECIPE,
             )
         )
         minutes["search"] = (time.perf_counter() - began) / 60
@@ -75,8 +76,8 @@ def main() -> None:
             "weights": searched / "best.pt",
             "data": DATA,
             "epochs": options.retrain_epochs,
-            "batch_size": 8,
             "imgsz": options.imgsz,
+            **RECIPE,
             "project": project,
             "name": trained.name,
             "exist_ok": True,

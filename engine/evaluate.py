@@ -25,7 +25,7 @@ from data.config import read_data_spec
 from data.dataset import DetectionSet
 from data.loader import batches
 from data.readers import read_split
-from data.structures import Detections, Fault, Letterbox, Sample
+from data.structures import Batch, Detections, Fault, Letterbox, Sample
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.nms import nms
 from engine.runs import table
@@ -185,6 +185,12 @@ def timed(seconds: dict[str, float], name: str, device: torch.device | str = "cp
     seconds[name] += time.perf_counter() - start
 
 
+def pixels(batch: Batch, device: torch.device | str) -> torch.Tensor:
+    """The batch's images on the device: float 0 to 1, channels last in memory."""
+    images = batch.images.to(device, non_blocking=True)
+    return images.contiguous(memory_format=torch.channels_last).float() / 255
+
+
 def to_original(found: Detections, letterbox: Letterbox) -> Detections:
     """Detections in the network's input -> the same on the CPU, in pixels of the original image, clipped to it."""
     boxes = letterbox.to_original(found.boxes.cpu().numpy())
@@ -222,7 +228,7 @@ def evaluate(
                 with timed(seconds, "read"):
                     batch = next(turns)
                 with timed(seconds, "network", device):
-                    boxes, scores = network.predict(batch.images.to(device).float() / 255)
+                    boxes, scores = network.predict(pixels(batch, device))
                 with timed(seconds, "nms", device):
                     for index, letterbox, *predicted in zip(
                         batch.indices, batch.letterboxes, boxes, scores, strict=True

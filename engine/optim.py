@@ -37,7 +37,7 @@ def make_optimizer(
     """``SGD`` with Nesterov momentum, or ``AdamW`` whose first beta is the momentum."""
     groups = parameter_groups(network, weight_decay)
     if name == "AdamW":
-        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
     assert name == "SGD", name
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 

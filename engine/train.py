@@ -32,7 +32,7 @@ from engine.calibrate import calibrate
 from engine.config import RunConfig, TrainConfig, add_options, option_name, read_options, save_config, train_config
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.draw import grid, write_image
-from engine.evaluate import Metrics, check_imgsz, check_names, evaluate
+from engine.evaluate import Metrics, check_imgsz, check_names, evaluate, pixels
 from engine.optim import (
     LEARNING_RATES,
     SHORT_RUN,
@@ -399,12 +399,6 @@ def evaluation_interval(config: TrainConfig, total_steps: int) -> int:
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, DTYPES.get(amp), enabled=amp in DTYPES)
-
-
-def pixels(batch: Batch, device: torch.device) -> Tensor:
-    """The batch's images on the device: float 0 to 1, channels last in memory."""
-    images = batch.images.to(device, non_blocking=True)
-    return images.contiguous(memory_format=torch.channels_last).float() / 255
 
 
 def no_number(what: str, values: Mapping[str, Tensor], epoch: int, step: int, last: Path) -> Fault:

@@ -97,6 +97,10 @@ class Network(nn.Module):
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes ``[N, M, 4]`` xyxy in pixels of the input and scores ``[N, M, classes]``, before suppression."""
         outputs, _ = self(images)
+        return self.decode(outputs)
+
+    def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """The same from head outputs that are already there."""
         return self.head.decode([y if y.dtype == torch.float64 else y.float() for y in outputs])
 
 

@@ -20,10 +20,9 @@ from data.config import read_data_spec
 from data.dataset import DetectionSet
 from data.loader import batches
 from data.structures import Batch, Fault, Sample
-from engine.calibrate import calibrate
 from engine.config import add_options, checked, save_config
 from engine.doors import door, option_parser, parse_device, parse_options
-from engine.evaluate import Metrics, check_imgsz, evaluate
+from engine.evaluate import Metrics, check_imgsz, evaluate, pixels
 from engine.latency import measure_ms
 from engine.optim import LEARNING_RATES, averaged, choose_optimizer, lr_factor, make_optimizer, warmup_length
 from engine.runs import new_run, write_csv, write_text
@@ -35,7 +34,6 @@ from engine.train import (
     closing_epochs,
     describe,
     no_number,
-    pixels,
     read_labelled,
 )
 from models.checkpoint import load_checkpoint, save_checkpoint, warm_start
@@ -46,6 +44,7 @@ from models.supernet import Supernet
 from search.config import SearchConfig
 from search.costs import Budget, CostTable, check_budgets, cost_tables, format_cost, parse_budget, within
 from search.front import Judged, draw_front, front_table, on_front, write_front
+from search.judge import first_choice, judge
 from search.objective import Prices, architecture_step
 from search.propose import argmax, propose
 from search.sampling import drawn_options, fair_options
@@ -136,11 +135,21 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult:
     ]
     networks = {one: supernet.derive(one.picks).eval() for one in proposed}
     costs = subnet_costs(networks, space, tables, budgets, config.imgsz, device, progress)
-    judged = []
-    for one in tqdm(list(costs), "judging subnets", unit="subnet", disable=not progress, leave=False):
-        calibrate(networks[one], calibration)
-        found = evaluate(networks[one], judge_images, batch_size=config.batch_size, device=device, progress=False)
-        judged.append(Judged(space.index(one), one, found.ap, found.ap50, costs[one]))
+    kept = list(costs)
+    found = judge(
+        [networks[one] for one in kept],
+        first_choice(supernet.network, [choice.name for choice in space.choices]),
+        calibration,
+        judge_images,
+        names=data.names,
+        batch_size=config.batch_size,
+        device=device,
+        progress=progress,
+    )
+    judged = [
+        Judged(space.index(one), one, measured.ap, measured.ap50, costs[one])
+        for one, measured in zip(kept, found, strict=True)
+    ]
 
     # The front and its files.
     metrics = [*dict.fromkeys(budget.metric for budget in budgets)] or ["macs"]

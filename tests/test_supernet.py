@@ -258,3 +258,33 @@ def test_a_planted_best_option_is_found_and_under_a_heavy_price_the_cheapest():
 
     assert searched(price=0.0) == 5
     assert searched(price=1e4) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_judging_together_equals_calibrating_and_measuring_one_by_one(kind, tmp_path):
+    from data.config import read_data_spec
+    from data.dataset import DetectionSet
+    from data.readers import read_split
+    from data.shapes import draw_shapes
+    from engine.evaluate import evaluate
+    from search.judge import first_choice, judge
+
+    data = read_data_spec(draw_shapes(tmp_path, train=6, val=2, size=64, seconds=0))
+    images = DetectionSet(read_split(data, "train").samples, 64)
+    calibration = [torch.rand(4, 3, 64, 64), torch.rand(2, 3, 64, 64)]
+    net = supernet(kind).eval()
+    picked = architectures(net, 4)
+    start = first_choice(net.network, [choice.name for choice in net.spec.choices])
+    assert start == 2
+    device = torch.device("cpu")
+    together = [net.derive(picks) for picks in picked]
+    names = ["a", "b", "c"]
+    found = judge(together, start, calibration, images, names=names, batch_size=4, device=device, progress=False)
+    for picks, network, metrics in zip(picked, together, found, strict=True):
+        alone = net.derive(picks)
+        calibrate(alone, calibration)
+        expected = evaluate(alone, images, names=names, batch_size=4, progress=False)
+        assert alone.state_dict().keys() == network.state_dict().keys()
+        for name, tensor in network.state_dict().items():
+            torch.testing.assert_close(tensor, alone.state_dict()[name], rtol=1e-5, atol=1e-6)
+        assert metrics.ap == pytest.approx(expected.ap, abs=1e-6)

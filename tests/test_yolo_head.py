@@ -199,7 +199,7 @@ def slow_loss(outputs: list[Tensor], targets: Targets, classes: int) -> dict[str
     share = 3 / len(outputs)
     parts["box"] *= BOX * share
     parts["obj"] *= OBJECTNESS * share * HEIGHT * WIDTH / 640**2
-    parts["cls"] *= CLASS * share * classes / 80
+    parts["cls"] *= CLASS * share * max(classes, 20) / 80
     return parts
 
 

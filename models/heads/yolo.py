@@ -1,8 +1,8 @@
 """The anchor head of YOLOv3 to v7: forward, loss and decode together.
 
 Decode and assignment are those of YOLOv4/v5: a cell's box centre may move half a cell over its edge, sizes are at most
-four times the anchor, and an anchor answers for every box that is at most four times larger or smaller in each
-direction, in the cell of the box's centre and in its two nearest neighbours.
+four times the anchor, and an anchor answers for every box of nearly its size, in the cell of the box's centre and in
+its two nearest neighbours.
 
 Shape letters: N images, A anchors a level, H W cells, K = 5 + classes, M boxes, P matched (cell, anchor, box) triples.
 """
@@ -22,9 +22,10 @@ from models.boxes import complete_iou, cxcywh_to_xyxy
 from models.registry import Shape, register_op
 from models.spec import Anchors
 
-LARGEST_RATIO = 4.0  # of a box to its anchor, in width and height; also the bound that decode can reach
+LARGEST_RATIO = 2.5  # of a box to its anchor, in width and height. yolov5 has 4, as far as decode reaches; with anchors
+# fitted to the boxes that makes every level answer for nearly every box, and a short run learns later
 BOX, OBJECTNESS, CLASS = 0.05, 1.0, 0.5  # gains of yolov5, meant for 3 levels, 640 pixels and 80 classes
-OBJECTNESS_FLOOR = 0.0
+FEWEST_CLASSES = 20  # the class loss of fewer weighs as much as theirs: by yolov5's rule that of 5 is next to nothing
 BALANCE = {3: (4.0, 1.0, 0.4)}  # objectness weight of a level, finest first; its cells are many and mostly empty
 BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
 
@@ -114,8 +115,8 @@ class Detect(nn.Module):
         pixels = outputs[0].shape[2] * outputs[0].shape[3] * self.strides[0] ** 2
         share = 3 / levels
         box = box * BOX * share
-        objectness = objectness * OBJECTNESS * share * max(pixels / 640**2, OBJECTNESS_FLOOR)
-        classes = classes * CLASS * share * self.num_classes / 80
+        objectness = objectness * OBJECTNESS * share * pixels / 640**2
+        classes = classes * CLASS * share * max(self.num_classes, FEWEST_CLASSES) / 80
         parts = {"box": box.detach(), "obj": objectness.detach(), "cls": classes.detach()}
         return box + objectness + classes, parts
 

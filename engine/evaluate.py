@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import astuple, dataclass, field, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ NUMBERS = (
     "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
     "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
 )  # fmt: skip  # in the order of COCOeval.stats
+
+
+CALIBRATION_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,21 @@ def pixels(batch: Batch, device: torch.device | str) -> torch.Tensor:
     """The batch's images on the device: float 0 to 1, channels last in memory."""
     images = batch.images.to(device, non_blocking=True)
     return images.contiguous(memory_format=torch.channels_last).float() / 255
+
+
+def calibration_images(
+    images: DetectionSet, count: int, seed: int, device: torch.device | str
+) -> Iterator[torch.Tensor]:
+    """Training images as a network will meet them, without augmentation, for `engine.calibrate`: always the same.
+
+    They come 32 at a time whatever the training's batch: statistics of few images are unlike those of all, and what
+    lies behind a norm would be calibrated for maps that it never sees again.
+    """
+    plain = images.at_epoch(0)  # a view; it shares the images in memory
+    plain.set_augment(None)
+    loader = batches(plain, CALIBRATION_BATCH, seed=seed, shuffle=True)
+    for batch in islice(loader, math.ceil(count / CALIBRATION_BATCH)):
+        yield pixels(batch, device)
 
 
 def to_original(found: Detections, letterbox: Letterbox) -> Detections:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from engine.calibrate import calibrate
 from engine.config import RunConfig, TrainConfig, add_options, option_name, read_options, save_config, train_config
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.draw import grid, write_image
-from engine.evaluate import Metrics, check_imgsz, check_names, evaluate, pixels
+from engine.evaluate import Metrics, calibration_images, check_imgsz, check_names, evaluate, pixels
 from engine.optim import (
     LEARNING_RATES,
     SHORT_RUN,
@@ -49,7 +48,7 @@ from models.network import Network, build
 from models.parse import dump, parse
 from models.spec import ModelSpec
 
-CALIBRATED_RUN = 1_000  # steps; in a shorter run the running averages of batch norm never arrive
+CALIBRATED_RUN = 5_000  # steps; in a shorter run the running averages of batch norm lag behind the weights
 CALIBRATION_IMAGES = 256
 NOMINAL_BATCH = 64  # images whose summed loss SGD's learning rates are made for, as in yolov5; AdamW has no scale
 LARGE_SET = 2_000  # training images; smaller sets step after every batch
@@ -203,7 +202,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             if epoch % interval == 0 or epoch == config.epochs:
                 candidate = deepcopy(average).eval()
                 if total_steps < CALIBRATED_RUN:
-                    calibrate(candidate, calibration_images(images, batch_size, config.seed, device))
+                    calibrate(candidate, calibration_images(images, CALIBRATION_IMAGES, config.seed, device))
                 metrics = evaluate(
                     candidate,
                     val_images,
@@ -409,15 +408,6 @@ def no_number(what: str, values: Mapping[str, Tensor], epoch: int, step: int, la
         f"epoch {epoch}, step {step + 1}: the {what} is not a finite number ({shown}); {kept};"
         " a smaller --lr0 or --amp off may be right"
     )
-
-
-def calibration_images(images: DetectionSet, batch_size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Training images as the network will meet them, without augmentation: 256 at most, always the same."""
-    plain = images.at_epoch(0)  # a view; it shares the images in memory
-    plain.set_augment(None)
-    loader = batches(plain, batch_size, seed=seed, shuffle=True)
-    for batch in islice(loader, math.ceil(CALIBRATION_IMAGES / batch_size)):
-        yield pixels(batch, device)
 
 
 def fitness(metrics: Metrics) -> float:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from data.loader import batches
 from data.structures import Batch, Fault, Sample
 from engine.config import add_options, checked, save_config
 from engine.doors import door, option_parser, parse_device, parse_options
-from engine.evaluate import Metrics, check_imgsz, evaluate, pixels
+from engine.evaluate import Metrics, calibration_images, check_imgsz, evaluate, pixels
 from engine.latency import measure_ms
 from engine.optim import LEARNING_RATES, averaged, choose_optimizer, lr_factor, make_optimizer, warmup_length
 from engine.runs import new_run, write_csv, write_text
@@ -124,15 +123,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult:
     )
     if not proposed:
         raise Fault(f"no subnet was found within {', '.join(map(str, budgets))} together; one of them alone can be met")
-    plain_images = weight_images.at_epoch(0)
-    plain_images.set_augment(None)
-    calibration = [
-        pixels(batch, device)
-        for batch in islice(
-            batches(plain_images, config.batch_size, seed=config.seed, shuffle=True),
-            math.ceil(config.calibration / config.batch_size),
-        )
-    ]
+    calibration = list(calibration_images(weight_images, config.calibration, config.seed, device))
     networks = {one: supernet.derive(one.picks).eval() for one in proposed}
     costs = subnet_costs(networks, space, tables, budgets, config.imgsz, device, progress)
     kept = list(costs)

@@ -33,7 +33,7 @@ from search.run import search  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 DATA = ROOT / "cfg" / "data" / "bccd.yaml"
-RECIPE = {"batch_size": 8, "lr0": 0.005, "mosaic": 0.3, "scale": 0.3, "flipud": 0.5}
+RECIPE = {"batch_size": 4, "optimizer": "AdamW", "lr0": 0.004, "mosaic": 0.3, "scale": 0.3, "flipud": 0.5}
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--name", default="hour")
     parser.add_argument("--cfg", type=Path, default=ROOT / "cfg" / "models" / "tiny-search.yaml")
     parser.add_argument("--imgsz", type=int, default=320)
-    parser.add_argument("--search-epochs", type=int, default=24)
+    parser.add_argument("--search-epochs", type=int, default=18)
     parser.add_argument("--retrain-epochs", type=int, default=60)
     parser.add_argument("--budget", default="macs=1G")
     options = parser.parse_args()

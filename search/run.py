@@ -108,6 +108,8 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult:
     supernet.to(device)
     supernet.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    check_latency(supernet, space, tables, budgets, config.imgsz, device, progress)
+
     folder = new_run(config.project, config.name, config.exist_ok)
     (folder / "subnets").mkdir(exist_ok=True)
     save_config(folder / "config.yaml", config)
@@ -292,6 +294,40 @@ def alpha_rows(supernet: Supernet, step: int) -> list[dict[str, Any]]:
         for decision, alphas in zip(supernet.decisions, supernet.alphas, strict=True)
         for option, alpha, p in zip(decision.options, alphas.detach(), alphas.detach().softmax(dim=0), strict=True)
     ]
+
+
+def check_latency(
+    supernet: Supernet,
+    space: SearchSpace,
+    tables: dict[str, CostTable],
+    budgets: Sequence[Budget],
+    imgsz: int,
+    device: torch.device,
+    progress: bool,
+) -> None:
+    """Raises a Fault for a latency that not even the subnets of fewest multiply-adds reach, before anything is trained.
+
+    Options that MACs do not tell apart, such as activations, are tried in turn, all choices alike.
+    """
+    limits = [budget for budget in budgets if budget.metric == "latency_ms"]
+    if not limits:
+        return
+    least, cheapest = tables["macs"].extreme(largest=False)
+    variants = {cheapest: None}
+    for turn in range(max(len(choice.options) for choice in space.choices)):
+        picks = dict(cheapest.picks)
+        for choice in space.choices:
+            swapped = {**picks, choice.name: choice.options[turn % len(choice.options)]}
+            picks = swapped if tables["macs"].of(Architecture(swapped)) == least else picks
+        variants[Architecture(picks)] = None
+    networks = [supernet.derive(one.picks) for one in variants]
+    smallest = min(measure_ms(networks, imgsz, device=device, progress=progress))
+    for budget in limits:
+        if smallest > budget.limit:
+            raise Fault(
+                f"--budget {budget}: no subnet can meet it on this device; the smallest latency, of those with the "
+                f"fewest multiply-adds, is latency_ms={smallest:.3f}"
+            )
 
 
 def subnet_costs(

@@ -120,6 +120,7 @@ def test_two_searches_with_one_seed_are_the_same(data: Path):
     ("options", "told"),
     [
         (["--budget", "macs=1k"], "--budget macs=0.001M: no subnet can meet it; the smallest has macs="),
+        (["--budget", "latency_ms=0.001"], "no subnet can meet it on this device; the smallest latency"),
         (["--budget", "flops=3"], "--budget flops=3: write macs=900M, params=2.5M or latency_ms=12"),
         (["--epochs", "0"], "--epochs: "),
         (["--supernat", "shared"], "--supernat: there is no such option; did you mean '--supernet'?"),

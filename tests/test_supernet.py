@@ -288,3 +288,20 @@ def test_judging_together_equals_calibrating_and_measuring_one_by_one(kind, tmp_
         for name, tensor in network.state_dict().items():
             torch.testing.assert_close(tensor, alone.state_dict()[name], rtol=1e-5, atol=1e-6)
         assert metrics.ap == pytest.approx(expected.ap, abs=1e-6)
+
+
+def test_calibration_comes_in_batches_of_32_without_augmentation(tmp_path):
+    from data.augment import Augment
+    from data.config import read_data_spec
+    from data.dataset import DetectionSet
+    from data.readers import read_split
+    from data.shapes import draw_shapes
+    from engine.evaluate import calibration_images
+
+    data = read_data_spec(draw_shapes(tmp_path, train=70, val=1, size=32, seconds=0))
+    images = DetectionSet(read_split(data, "train").samples, 32, Augment(), seed=3)
+    found = list(calibration_images(images, 40, 0, "cpu"))
+    assert [len(batch) for batch in found] == [32, 32]
+    again = list(calibration_images(images.at_epoch(5), 40, 0, "cpu"))
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    assert images.augment is not None  # the set itself is left as it was

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,34 +61,44 @@ def front_table(judged: Sequence[Judged], front: Sequence[bool]) -> str:
 
 
 def draw_front(
-    path: Path, judged: Sequence[Judged], front: Sequence[bool], best: int, budgets: Sequence[Budget]
+    path: Path,
+    judged: Sequence[Judged],
+    front: Sequence[bool],
+    metrics: Sequence[str],
+    best: int,
+    budgets: Sequence[Budget],
 ) -> None:
-    """``front.png``: AP against every cost, the front as a line, the best subnet as a star, budgets as limits."""
+    """``front.png``: AP against every cost, the front, the best subnet as a star, budgets as limits.
+
+    The front of one metric is a line against it; against the other costs, and of several metrics, it is marked only.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     units = {"macs": ("GMACs", 1e9), "params": ("million parameters", 1e6), "latency_ms": ("ms on this device", 1.0)}
-    metrics = list(judged[0].costs)
-    figure, axes = plt.subplots(1, len(metrics), figsize=(5 * len(metrics), 4.2), squeeze=False, sharey=True)
+    shown = list(judged[0].costs)
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4.6), squeeze=False, sharey=True)
     ap = [one.ap for one in judged]
-    for axis, metric in zip(axes[0], metrics, strict=True):
+    for axis, metric in zip(axes[0], shown, strict=True):
         name, unit = units[metric]
         cost = [one.costs[metric] / unit for one in judged]
         line = sorted((c, a) for c, a, on in zip(cost, ap, front, strict=True) if on)
+        style = "o-" if list(metrics) == [metric] else "o"
         axis.scatter(cost, ap, s=28, color="#9aa5b1", label="judged")
-        axis.plot([c for c, _ in line], [a for _, a in line], "o-", color="#1f6feb", ms=6, lw=1.6, label="front")
+        axis.plot([c for c, _ in line], [a for _, a in line], style, color="#1f6feb", ms=6, lw=1.6, label="front")
         axis.scatter([cost[best]], [ap[best]], marker="*", s=240, color="#e8590c", zorder=3, label="best")
         for budget in budgets:
-            if budget.metric == metric and not math.isinf(budget.limit):
+            if budget.metric == metric:
                 axis.axvline(budget.limit / unit, color="#c92a2a", ls="--", lw=1.2, label="budget")
         axis.set_xlabel(name)
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("AP on the judging images")
-    axes[0][0].legend(loc="lower right", frameon=False)
-    figure.suptitle(f"{len(judged)} subnets judged, {sum(front)} on the front")
-    figure.tight_layout()
+    labels = {text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"{len(judged)} subnets judged, {sum(front)} on the front of AP and {', '.join(metrics)}")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     with atomically(path) as temporary:
         figure.savefig(temporary, dpi=130)
     plt.close(figure)

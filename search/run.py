@@ -149,7 +149,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult:
     front = on_front(judged, metrics)
     best = max(range(len(judged)), key=lambda number: (judged[number].ap, -judged[number].costs["macs"]))
     write_front(folder / "front.csv", space, judged, front)
-    draw_front(folder / "front.png", judged, front, best, budgets)
+    draw_front(folder / "front.png", judged, front, metrics, best, budgets)
     for number, one in enumerate(judged):
         if front[number] or number == best:
             save_subnet(folder / "subnets" / f"{one.number}", networks[one.architecture], one, data.names, config.imgsz)

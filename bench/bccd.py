@@ -1,6 +1,6 @@
 """Blood cells, from a search to a detector: search.py, then train.py from the inherited weights, timed together.
 
-python bench/bccd.py                     # search, retrain, AP on the test split; about an hour on 2 cores
+python bench/bccd.py                     # search, retrain, AP on the test split; half an hour on 2 cores
 python bench/bccd.py --name long --retrain-epochs 300      # a longer training, resumed where it was stopped
 
 Needs the data set as cfg/data/bccd.yaml says. The result is kept in bench/results/bccd-NAME.json.
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=Path, default=ROOT / "cfg" / "models" / "tiny-search.yaml")
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--search-epochs", type=int, default=18)
-    parser.add_argument("--retrain-epochs", type=int, default=60)
+    parser.add_argument("--retrain-epochs", type=int, default=30)
     parser.add_argument("--budget", default="macs=1G")
     options = parser.parse_args()
     project = ROOT / "runs" / "bench"

@@ -18,10 +18,10 @@ DEMO_DATA           := datasets/shapes
 DEMO_CFG            := cfg/models/tiny-search.yaml
 DEMO_IMGSZ          := 160
 DEMO_BUDGET         := macs=250M
-DEMO_SEARCH_EPOCHS  := 8
-DEMO_RETRAIN_EPOCHS := 16
+DEMO_SEARCH_EPOCHS  := 4
+DEMO_RETRAIN_EPOCHS := 13
 # Without strong augmentation: a run of minutes sees every image a few times only.
-DEMO_RECIPE         := --batch-size 8 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 --hsv-h 0 --hsv-s 0 --hsv-v 0
+DEMO_RECIPE         := --batch-size 8 --lr0 0.003 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 --hsv-h 0 --hsv-s 0 --hsv-v 0
 
 .PHONY: help .venv test lint demo clean
 .DELETE_ON_ERROR:
@@ -63,7 +63,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 demo: $(INSTALLED)  ## draw a data set, search, derive, retrain, detect
 	rm -rf $(DEMO)
 	$(PY) -m data shapes $(DEMO_DATA)
-	$(PY) search.py --cfg $(DEMO_CFG) --data $(DEMO_DATA)/data.yaml --supernet shared --budget $(DEMO_BUDGET) \
+	$(PY) search.py --cfg $(DEMO_CFG) --data $(DEMO_DATA)/data.yaml --supernet shared --budget $(DEMO_BUDGET) --candidates 12 \
 	    --epochs $(DEMO_SEARCH_EPOCHS) $(DEMO_RECIPE) --project $(DEMO) --name search
 	$(PY) train.py --cfg $(DEMO)/search/best.yaml --weights $(DEMO)/search/best.pt --data $(DEMO_DATA)/data.yaml \
 	    --epochs $(DEMO_RETRAIN_EPOCHS) $(DEMO_RECIPE) --noval --project $(DEMO) --name train

@@ -37,6 +37,7 @@ class Supernet(nn.Module):
         self.decisions: tuple[Choice, ...] = tuple(joint.values()) if joint else graph.spec.choices
         self._joint = {choice.name: graph.nodes[index].choices for index, choice in joint.items()}
         self.alphas = nn.ParameterList(torch.zeros(len(decision.options)) for decision in self.decisions)
+        self._leaves = tuple(leaf for _, leaf in elastic_leaves(self.network))  # found once: every step asks for them
         for module in self.network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0
@@ -65,7 +66,7 @@ class Supernet(nn.Module):
     def activate(self, picks: Mapping[str, Any]) -> None:
         """From now on the forward is that of the architecture."""
         decided = self.decide(picks)
-        for _, leaf in elastic_leaves(self.network):
+        for leaf in self._leaves:
             leaf.active = decided[leaf.choice.name]
 
     def probabilities(self) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def fit_anchors(
 
 
 def best_possible_recall(boxes_wh: np.ndarray, anchors: tuple[tuple[float, ...], ...]) -> float:
-    """The share of boxes that some anchor may answer for: none is more than four times off in width or height."""
+    """The share of boxes that some anchor may answer for: none is `LARGEST_RATIO` times off in width or height."""
     flat = np.array(anchors).reshape(-1, 2)
     ratio = np.asarray(boxes_wh)[:, None] / flat[None]
     worst = np.maximum(ratio, 1 / ratio.clip(1e-9)).max(axis=-1)

@@ -127,7 +127,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult:
         raise Fault(f"no subnet was found within {', '.join(map(str, budgets))} together; one of them alone can be met")
     calibration = list(calibration_images(weight_images, config.calibration, config.seed, device))
     networks = {one: supernet.derive(one.picks).eval() for one in proposed}
-    costs = subnet_costs(networks, space, tables, budgets, config.imgsz, device, progress)
+    costs = subnet_costs(networks, tables, budgets, config.imgsz, device, progress)
     kept = list(costs)
     found = judge(
         [networks[one] for one in kept],
@@ -332,7 +332,6 @@ def check_latency(
 
 def subnet_costs(
     networks: dict[Architecture, Network],
-    space: SearchSpace,
     tables: dict[str, CostTable],
     budgets: Sequence[Budget],
     imgsz: int,

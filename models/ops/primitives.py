@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from models.elastic import ElasticActivation, ElasticConv2d, ElasticSequential, SwitchableNorm
+from models.elastic import ElasticActivation, ElasticConv2d, ElasticSequential, SwitchableNorm, convolution
 from models.spec import Choice
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -66,7 +66,7 @@ def conv(
             raise ValueError(f"kernel is a choice {kernel}, so padding must be left out; got {padding}")
         return ElasticConv2d(c_in, c_out, kernel, stride, groups, dilation, bias)
     padding = dilation * (kernel - 1) // 2 if padding is None else padding
-    return nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, groups, bias)
+    return convolution(c_in, c_out, kernel, stride, padding, dilation, groups, bias)
 
 
 def activation(act: Act) -> nn.Module:

@@ -38,6 +38,14 @@ from models.spec import ModelSpec  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 TINY = ROOT / "cfg" / "models" / "tiny.yaml"
+RECIPE: dict[str, Any] = {
+    "batch_size": 8,
+    "optimizer": "AdamW",
+    "lr0": 0.003,
+    "mosaic": 0.3,
+    "scale": 0.3,
+    "val_interval": 10,
+}
 LIMITS = {"untrained": "<= .02", "trained": ">= .80", "1x1": "<= .50"}
 
 
@@ -72,9 +80,7 @@ def measure(cell: str, data: Path, epochs: int, imgsz: int) -> dict[str, Any]:
             data=data,
             epochs=epochs,
             imgsz=imgsz,
-            batch_size=8,
-            lr0=0.002,
-            mosaic=0.0,
+            **RECIPE,
             project=ROOT / "runs" / "bench",
             name=f"shapes-{cell}",
         )
@@ -86,6 +92,7 @@ def measure(cell: str, data: Path, epochs: int, imgsz: int) -> dict[str, Any]:
         "minutes": minutes,
         "epochs": epochs if cell != "untrained" else 0,
         "imgsz": imgsz,
+        "recipe": RECIPE,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
@@ -94,7 +101,7 @@ def measure(cell: str, data: Path, epochs: int, imgsz: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--imgsz", type=int, default=224)
     parser.add_argument("--cells", nargs="+", default=list(LIMITS), choices=list(LIMITS))
     parser.add_argument("--show", action="store_true", help="train nothing")

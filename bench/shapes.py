@@ -29,7 +29,7 @@ from data.readers import read_split  # noqa: E402
 from data.shapes import draw_shapes  # noqa: E402
 from engine.config import TrainConfig  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
-from engine.runs import table, write_text  # noqa: E402
+from engine.runs import read_csv, table, write_text  # noqa: E402
 from engine.train import train  # noqa: E402
 from models.graph import normalize  # noqa: E402
 from models.network import build  # noqa: E402
@@ -62,30 +62,26 @@ def pointwise(spec: ModelSpec) -> ModelSpec:
 
 
 def measure(cell: str, data: Path, epochs: int, imgsz: int) -> dict[str, Any]:
-    began = time.perf_counter()
     if cell == "untrained":
         torch.manual_seed(0)
         spec = read_data_spec(data)
         anchors = tuple(tuple(float(v) for v in range(8 + 40 * k, 8 + 40 * k + 8)) for k in range(3))
         network = build(replace(parse(TINY), num_classes=len(spec.names), anchors=anchors))
+        began = time.perf_counter()
         metrics = evaluate(network, DetectionSet(read_split(spec, "val").samples, imgsz))
+        minutes = (time.perf_counter() - began) / 60
     else:
         cfg = TINY
         if cell == "1x1":
             cfg = ROOT / "runs" / "bench" / "tiny-1x1.yaml"
             cfg.parent.mkdir(parents=True, exist_ok=True)
             write_text(cfg, dump(pointwise(parse(TINY))))
-        config = TrainConfig(
-            cfg=cfg,
-            data=data,
-            epochs=epochs,
-            imgsz=imgsz,
-            **RECIPE,
-            project=ROOT / "runs" / "bench",
-            name=f"shapes-{cell}",
-        )
+        project, name = ROOT / "runs" / "bench", f"shapes-{cell}"
+        config = TrainConfig(cfg=cfg, data=data, epochs=epochs, imgsz=imgsz, **RECIPE, project=project, name=name)
+        if (project / name / "last.pt").exists():  # of a sitting that was cut short
+            config = TrainConfig(resume=project / name)
         metrics = train(config).metrics
-    minutes = (time.perf_counter() - began) / 60
+        minutes = sum(float(row["seconds"]) for row in read_csv(project / name / "results.csv")) / 60
     return {
         "ap": metrics.ap,
         "ap50": metrics.ap50,

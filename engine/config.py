@@ -22,6 +22,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     cfg: Path | None = Field(default=None, description="model YAML")
+    dialect: str | None = Field(default=None, description="how to read --cfg; recognised where the file leaves it open")
+    trust_ops: bool = Field(default=False, description="run the Python file that --cfg names with `ops:`")
     data: Path | None = Field(default=None, description="data set YAML")
     weights: Path | None = Field(
         default=None, description="checkpoint to start from; what fits by name and shape is taken"

@@ -7,10 +7,12 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 
 import torch
 
 from data.structures import Fault, nearest
+from models.user_ops import load_ops
 
 
 def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -45,12 +47,19 @@ def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., in
 
 
 def option_parser(description: str | None) -> ArgumentParser:
-    """An argument parser that shows ``description`` as written and takes no abbreviated options."""
-    return ArgumentParser(description=description, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    """An argument parser that shows ``description`` as written and takes no abbreviated options; it has ``--ops``."""
+    parser = ArgumentParser(description=description, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ops", action="append", default=[], metavar="PATH", help="Python file with ops of your own; may be repeated"
+    )
+    return parser
 
 
 def parse_options(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
-    """Read the options; one that does not exist raises a Fault with the nearest name that does."""
+    """Read the options; one that does not exist raises a Fault with the nearest name that does.
+
+    The files of ``--ops`` are run here, before any model is read; the options that return are without it.
+    """
     options, surplus = parser.parse_known_args(argv)
     known = [name for action in parser._actions for name in action.option_strings]
     problems = []
@@ -62,6 +71,9 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespa
             problems.append(f"{given}: an argument without an option in front of it")
     if problems:
         raise Fault(*problems)
+    for file in options.ops:
+        load_ops(Path(file))
+    del options.ops
     return options
 
 

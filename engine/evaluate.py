@@ -216,6 +216,19 @@ def to_original(found: Detections, letterbox: Letterbox) -> Detections:
     return Detections(torch.from_numpy(boxes), found.scores.cpu(), found.labels.cpu())
 
 
+def in_corner(batch: Batch) -> Batch:
+    """The same images at the top left of their squares: the grey before them is moved behind them."""
+    boxes, targets = batch.letterboxes, batch.targets
+    images = [image.roll((-box.pad_y, -box.pad_x), (1, 2)) for image, box in zip(batch.images, boxes, strict=True)]
+    before = torch.tensor([(box.pad_x, box.pad_y) * 2 for box in boxes], dtype=torch.float32)
+    return Batch(
+        torch.stack(images),
+        replace(targets, boxes=targets.boxes - before[targets.image_index]),
+        tuple(replace(box, pad_x=0, pad_y=0) for box in boxes),
+        batch.indices,
+    )
+
+
 def evaluate(
     network: Network,
     dataset: DetectionSet,
@@ -228,10 +241,13 @@ def evaluate(
     device: torch.device | str = "cpu",
     workers: int = 0,
     progress: bool = True,
+    corner: bool = False,
 ) -> Metrics:
     """Run ``network`` over ``dataset`` and measure it; the network comes back in the mode it was in.
 
     ``network`` must be on ``device`` already. ``names`` are the classes for the table, their numbers by default.
+    ``corner`` puts every image at the top left of its square instead of in the middle, as some programs do. Where an
+    object lies on the grid of cells changes what is found of it: on few images AP moves by as much as .01.
     """
     names = names or [str(label) for label in range(network.num_classes)]
     seconds: dict[str, float] = defaultdict(float)
@@ -246,6 +262,7 @@ def evaluate(
             for _ in range(len(loader)):
                 with timed(seconds, "read"):
                     batch = next(turns)
+                    batch = in_corner(batch) if corner else batch
                 with timed(seconds, "network", device):
                     boxes, scores = network.predict(pixels(batch, device))
                 with timed(seconds, "nms", device):
@@ -305,6 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--conf-thres", type=float, default=0.001, help="scores above this count")
     parser.add_argument("--iou-thres", type=float, default=0.6, help="NMS: boxes that overlap more are one object")
     parser.add_argument("--max-det", type=int, default=300, help="detections an image at most")
+    parser.add_argument(
+        "--letterbox", default="centre", choices=["centre", "corner"], help="where in its square an image lies"
+    )
     parser.add_argument("--device", default="", help="cpu, 0, cuda:1; default: the first GPU, or the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     options = parse_options(parser, argv)
@@ -331,6 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_det=options.max_det,
         device=device,
         workers=options.workers,
+        corner=options.letterbox == "corner",
     )
     print(metrics.table(), metrics.summary(), sep="\n\n")
     return 0

@@ -44,8 +44,9 @@ from engine.optim import (
 from engine.runs import append_csv, draw_curves, new_run, read_csv, write_csv, write_text
 from models.anchors import best_possible_recall, fit_anchors, needs_anchors, with_anchors
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, warm_start
+from models.graph import load_graph
 from models.network import Network, build
-from models.parse import dump, parse
+from models.parse import dump
 from models.spec import ModelSpec
 
 CALIBRATED_RUN = 5_000  # steps; in a shorter run the running averages of batch norm lag behind the weights
@@ -301,7 +302,13 @@ def describe(
     """The model to train: of ``--cfg``, else of the checkpoint; with the data set's classes and fitted anchors."""
     if config.cfg is None and start is None:
         raise Fault("--cfg is missing: a model YAML, or --weights with a checkpoint, would be right")
-    spec = parse(config.cfg) if config.cfg else start.spec  # type: ignore[union-attr]
+    if config.cfg:
+        graph = load_graph(config.cfg, config.dialect, config.trust_ops)
+        spec = graph.spec
+        for note in graph.notes:
+            say(f"note: {note}")
+    else:
+        spec = start.spec  # type: ignore[union-attr]
     if spec.num_classes != len(data.names):
         say(f"{spec.path}: nc {spec.num_classes} becomes {len(data.names)}, the classes of {data.path}")
         spec = replace(spec, num_classes=len(data.names))

@@ -69,17 +69,23 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a checkpoint of ours onto the CPU. Raises `Fault` for anything else, and never runs what is in it."""
+def read_tensors(path: str | os.PathLike[str]) -> Any:
+    """What a file of tensors holds, ours or another's, on the CPU. Raises `Fault`, and never runs what is in it."""
     path = Path(path)
     if not path.is_file():
         raise Fault(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # what a truncated or foreign file raises is not documented
         if type(problem).__name__ == "UnpicklingError":
             raise Fault(f"{path}: holds Python objects or is no checkpoint at all; it was not opened") from None
         raise Fault(f"{path}: not a whole checkpoint ({str(problem).partition(chr(10))[0][:120]})") from None
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a checkpoint of ours onto the CPU. Raises `Fault` for anything else, and never runs what is in it."""
+    path = Path(path)
+    content = read_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Fault(f"{path}: not a checkpoint of this program (format {FORMAT!r})")
     for key, kind in CONTENT.items():

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.elastic import ElasticActivation, SwitchableNorm
 from models.graph import Graph, Node
 from models.network import Network, build_plain
+from models.ops.primitives import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ def network_costs(graph: Graph, imgsz: int, supernet: str | None = None) -> list
     with torch.device("meta"):
         network = Network(graph, supernet).eval()
         held: dict[int, Any] = {-1: torch.empty(1, 3, imgsz, imgsz)}
+    params = [count_params(layer) for layer in network.layers]
+    _skip_uncounted(network)
     costs = []
-    for node, layer in zip(graph.nodes, network.layers, strict=True):
+    for node, count in zip(graph.nodes, params, strict=True):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             held, _ = network.run([node.index], held)
         y = held[node.index] if node.index in held else None
@@ -42,7 +46,7 @@ def network_costs(graph: Graph, imgsz: int, supernet: str | None = None) -> list
             shape: tuple[int, ...] = (cells, y[0].shape[-1])
         else:
             shape = tuple(y.shape[1:]) if y is not None else ()
-        costs.append(RowCost(count_params(layer), counter.get_total_flops() // 2, shape))
+        costs.append(RowCost(count, counter.get_total_flops() // 2, shape))
     return costs
 
 
@@ -55,6 +59,15 @@ def row_cost(node: Node, picks: dict[str, Any], imgsz: int) -> RowCost:
         y = module(maps if node.op.many else maps[0])
     shape = tuple(y.shape[1:]) if isinstance(y, torch.Tensor) else ()
     return RowCost(count_params(module), counter.get_total_flops() // 2, shape)
+
+
+def _skip_uncounted(network: nn.Module) -> None:
+    """Norms and activations keep the shape and count nothing, but are what takes the time on the ``meta`` device."""
+    kinds = (nn.BatchNorm2d, SwitchableNorm, ElasticActivation, *(type(make()) for make in ACTIVATIONS.values()))
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kinds):
+                setattr(parent, name, nn.Identity())
 
 
 def count_params(module: nn.Module) -> int:

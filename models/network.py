@@ -106,7 +106,7 @@ class Network(nn.Module):
 
 def _initialize(module: nn.Module) -> None:
     """He et al. (arXiv 1502.01852) by fan-out: with torch's own start, deep blocks with Mish learn much later."""
-    if isinstance(module, nn.Conv2d | ElasticConv2d):
+    if isinstance(module, nn.Conv2d | ElasticConv2d) and not module.weight.is_meta:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 

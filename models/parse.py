@@ -1,7 +1,7 @@
 """YAML text to `ModelSpec` and back. Nothing in a file is ever executed.
 
-The grammar is in ``docs/yaml.md``. PyYAML's composer is used for its marks (line and column); the values are built
-here, because YAML 1.1 reads ``1e-3`` as a string and ``no`` as False, and lets a duplicate key win in silence.
+The grammar is in ``docs/yaml.md``. PyYAML's parser is used for its events and marks (line and column); the values are
+built here, because YAML 1.1 reads ``1e-3`` as a string and ``no`` as False, and lets a duplicate key win in silence.
 """
 
 from __future__ import annotations
@@ -9,21 +9,44 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data.structures import Fault, nearest
-from models.spec import Anchors, Choice, LayerSpec, ModelSpec, Scaling, Where
+from models.dialects import translate
+from models.registry import OPS
+from models.spec import (
+    CONSTANTS,
+    FLOAT,
+    INTEGER,
+    Anchors,
+    Choice,
+    LayerSpec,
+    ModelSpec,
+    Scaling,
+    Where,
+    clip,
+    flow,
+    row_text,
+)
+from models.user_ops import is_loaded, load_ops
 
-LARGEST_FILE = 1_000_000  # bytes
-LARGEST_TREE = 50_000  # YAML nodes, aliases counted as often as they are used
+# Far above what a model needs (yolov4-p7: 4 kB, 60 rows), so low that no file keeps a machine busy.
+LARGEST_FILE = 100_000  # bytes
+LARGEST_TREE = 20_000  # YAML nodes, aliases counted as often as they are used
 DEEPEST_TREE = 40
+MOST_ROWS = 1_000
+MOST_SOURCES = 64  # of one row
+MOST_FAULTS = 50  # told of one file; what comes after them follows from them as a rule
 
-TOP_KEYS = ("name", "nc", "depth_multiple", "width_multiple", "activation", "anchors", "backbone", "head")
+TOP_KEYS = (
+    *("name", "dialect", "ops", "nc", "depth_multiple", "width_multiple", "activation", "anchors"),
+    *("backbone", "head"),
+)
 ROW_KEYS = ("name", "from", "number", "op", "args")
 
 # The seed's searchable block: complete BottleneckCSP2 candidates, {3x3, 5x5} x {ReLU, LeakyReLU, Mish}.
@@ -31,80 +54,108 @@ SHORTHANDS: Mapping[str, tuple[str, Mapping[str, tuple[Any, ...]]]] = {
     "MBottleneckCSP2": ("BottleneckCSP2", {"kernel": (3, 5), "act": ("relu", "leaky", "mish")}),
 }
 
-INTEGER = re.compile(r"[-+]?[0-9]+")
-FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-CONSTANTS: dict[str, bool | None] = {"null": None, "~": None, "": None, "None": None}
-CONSTANTS |= {"true": True, "True": True, "false": False, "False": False}
-RESOLVER = yaml.resolver.Resolver()
-WORD = re.compile(r"[A-Za-z_]([\w. -]*[\w.-])?")  # text that needs no quotes
-ESCAPES = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
+NAME = re.compile(r"[A-Za-z_]\w{0,31}")
+PLACE = "(here):"  # begins a fault of a row's part until it is known where that stands
+UNREADABLE = ""  # the op of a row that is so wrong that only its place is known
+POSITION = re.compile(r":(\d+):(\d+)")
 
 
-def parse(source: str | os.PathLike[str]) -> ModelSpec:
-    """The model file at a path. Raises `Fault` with ``file:line:column`` for anything that is not one."""
+def parse(source: str | os.PathLike[str], dialect: str | None = None, trust_ops: bool = False) -> ModelSpec:
+    """The model file at a path. Raises `Fault` with ``file:line:column`` for anything that is not one.
+
+    ``dialect`` forces how the file is read; left out, the file says it, or it is recognised (`models.dialects`).
+    ``trust_ops`` runs the Python file that the YAML names with ``ops:`` (`models.user_ops`); without it, that is a
+    Fault. `models.graph.load_graph` tells what is wrong with the rows' meaning in the same Fault.
+    """
+    spec, faults = read(source, dialect, trust_ops)
+    if faults or spec is None:
+        raise Fault(*in_order(faults, str(Path(source))))
+    return spec
+
+
+def parse_text(text: str, path: str = "<text>", name: str = "model", dialect: str | None = None) -> ModelSpec:
+    """The model described by YAML `text`; `path` is only what faults call it."""
+    spec, faults = read_text(text, path, name, dialect)
+    if faults or spec is None:
+        raise Fault(*in_order(faults, path))
+    return spec
+
+
+def in_order(faults: Sequence[str], path: str) -> list[str]:
+    """Faults of a file by line and column, each once, at most `MOST_FAULTS` of them."""
+
+    def position(fault: str) -> tuple[int, int]:
+        found = POSITION.match(fault.removeprefix(path))
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    distinct = sorted(dict.fromkeys(faults), key=position)
+    return distinct[:MOST_FAULTS] + [f"{path}: there are more faults than these"] * (len(distinct) > MOST_FAULTS)
+
+
+def read(
+    source: str | os.PathLike[str], dialect: str | None = None, trust_ops: bool = False
+) -> tuple[ModelSpec | None, list[str]]:
+    """As `read_text`, of the file at a path. Raises `Fault` where no text can be read from it."""
     path = Path(source)
+    if path.is_dir():
+        raise Fault(f"{path}: is a folder, not a model file")
     if not path.is_file():
         raise Fault(f"{path}: no such model file")
     if path.stat().st_size > LARGEST_FILE:
-        raise Fault(f"{path}: {path.stat().st_size} bytes; a model file has at most {LARGEST_FILE}")
+        raise Fault(f"{path}: {path.stat().st_size:,} bytes; a model file has at most {LARGEST_FILE:,}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
         raise Fault(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from None
-    return parse_text(text, str(path), name=path.stem)
+    return read_text(text, str(path), path.stem, dialect, trust_ops)
 
 
-def parse_text(text: str, path: str = "<text>", name: str = "model") -> ModelSpec:
-    """The model described by YAML `text`; `path` is only what faults call it."""
+def read_text(
+    text: str, path: str = "<text>", name: str = "model", dialect: str | None = None, trust_ops: bool = False
+) -> tuple[ModelSpec | None, list[str]]:
+    """A model as far as its text can be read, and what is wrong with the text, a line each.
+
+    With faults, the spec has an `UNREADABLE` row for each that says nothing, and the default for each wrong value; it
+    is None where what the rows mean cannot be known. Raises `Fault` for text that is not a YAML mapping at all.
+    """
     top = _top(text, path)
     faults: list[str] = []
     for key in top.value:
         if key not in TOP_KEYS:
-            faults.append(f"{top.key_where[key]}: unknown key {key!r}{nearest(key, TOP_KEYS) or known(TOP_KEYS)}")
+            faults.append(f"{top.key_where[key]}: unknown key {clip(repr(key))}{_near(key, TOP_KEYS)}")
+        if len(faults) > MOST_FAULTS:
+            break
     for key in ("nc", "backbone", "head"):
         if key not in top.value:
             faults.append(f"{top.where}: key {key!r} is missing; a model file has nc, backbone and head")
 
     num_classes = top.get("nc", 1)
     if not _is_int(num_classes) or not 1 <= num_classes <= 100_000:
-        faults.append(f"{top.where_of('nc')}: nc is the number of classes, 1 to 100000; got {num_classes!r}")
+        got = clip(repr(num_classes))
+        faults.append(f"{top.where_of('nc')}: nc is the number of classes, 1 to 100000; got {got}")
+        num_classes = 1
     multiples = []
     for key in ("depth_multiple", "width_multiple"):
         value = top.get(key, 1.0)
         if not _is_number(value) or not 0 < value <= 100:
-            faults.append(f"{top.where_of(key)}: {key} is a number over 0, at most 100; got {value!r}")
+            faults.append(f"{top.where_of(key)}: {key} is a number over 0, at most 100; got {clip(repr(value))}")
             value = 1.0
         multiples.append(float(value))
     activation = top.get("activation", "silu")
     if not isinstance(activation, str):
-        faults.append(f"{top.where_of('activation')}: activation is a name such as mish; got {activation!r}")
+        got = clip(repr(activation))
+        faults.append(f"{top.where_of('activation')}: activation is a name such as mish; got {got}")
+        activation = "silu"
     called = top.get("name", name)
     if not isinstance(called, str) and not _is_number(called):
-        faults.append(f"{top.where_of('name')}: name is a word or a text in quotes; got {flow(called)}")
+        faults.append(f"{top.where_of('name')}: name is a word or a text in quotes; got {clip(flow(called))}")
     anchors = _anchors(top, faults)
-
-    rows: list[tuple[str, _Marked]] = []
-    for section in ("backbone", "head"):
-        listed = top.value.get(section)
-        if listed is None:
-            continue
-        if not isinstance(listed.value, list) or not listed.value:
-            faults.append(f"{listed.where}: {section} is a list of rows [from, number, module, args]")
-            continue
-        rows += [(section, row) for row in listed.value]
-    layers = []
-    for index, (section, row) in enumerate(rows):
-        try:
-            layers.append(_layer(index, section, row))
-        except Fault as fault:
-            faults += fault.lines
-    names = [layer.name for layer in layers if layer.name]
-    for layer in layers:
-        if layer.name and names.count(layer.name) > 1:
-            faults.append(f"{layer.where}: two rows are named {layer.name!r}")
-    if faults:
-        raise Fault(*faults)
-    return ModelSpec(
+    layers = _layers(top, faults)
+    lacking = _ops(top, path, trust_ops)
+    if lacking:  # that the ops of that file are unknown follows from it
+        faults += lacking
+        layers = [layer if layer.op in OPS else replace(layer, op=UNREADABLE) for layer in layers]
+    written = ModelSpec(
         name=str(called),
         num_classes=num_classes,
         anchors=anchors,
@@ -113,13 +164,22 @@ def parse_text(text: str, path: str = "<text>", name: str = "model") -> ModelSpe
         activation=activation,
         path=path,
         activation_at=top.where_of("activation"),
+        anchors_at=top.where_of("anchors"),
     )
+    stated = top.get("dialect", None)
+    try:
+        spec = translate(
+            written, keys=tuple(top.value), stated=stated, stated_at=top.where_of("dialect"), asked=dialect
+        )
+    except Fault as fault:
+        return None, [*faults, *fault.lines]
+    return spec, faults
 
 
 def dump(spec: ModelSpec, comment: str = "") -> str:
     """`spec` as YAML text that `parse_text` reads back to the same model."""
     lines = [f"# {line}" for line in comment.splitlines()]
-    lines += [f"name: {flow(spec.name)}", f"nc: {spec.num_classes}"]
+    lines += [f"name: {flow(spec.name)}", "dialect: oneshot", f"nc: {spec.num_classes}"]
     lines += [f"depth_multiple: {spec.scaling.depth}", f"width_multiple: {spec.scaling.width}"]
     lines += [f"activation: {flow(spec.activation)}"]
     if isinstance(spec.anchors, int):
@@ -135,110 +195,164 @@ def dump(spec: ModelSpec, comment: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def row_text(layer: LayerSpec) -> str:
-    """A row as one would write it: ``[-1, 3, BottleneckCSP2, [256, {kernel: 5}]]``."""
-    source: Any = layer.sources[0] if len(layer.sources) == 1 else list(layer.sources)
-    args = [*layer.args, dict(layer.kwargs)] if layer.kwargs else list(layer.args)
-    if layer.name:
-        row = {"name": layer.name, "from": source, "number": layer.repeats, "op": layer.op, "args": args}
-        return flow(row)
-    return flow([source, layer.repeats, layer.op, args])
-
-
 def known(words: Collection[str]) -> str:
     """``"; known are relu, mish"``, for where no word is near the one that was found."""
     return f"; known are {', '.join(words)}" if words else ""
 
 
-def flow(value: Any) -> str:
-    """A value as YAML on one line, as `parse_text` reads it back."""
-    if isinstance(value, Choice):
-        return f"{{choice: {flow(value.options)}}}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(flow(item) for item in value) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "None", True: "True", False: "False"}[value]
-    if not isinstance(value, str):
-        return repr(value)
-    if WORD.fullmatch(value) and value not in CONSTANTS:
-        return value
-    if value.isprintable():
-        return "'" + value.replace("'", "''") + "'"
-    return '"' + "".join(c if c.isprintable() and c not in ESCAPES else _escaped(c) for c in value) + '"'
-
-
-def _escaped(character: str) -> str:
-    return ESCAPES.get(character, f"\\U{ord(character):08x}")
-
-
 # ---- rows
 
 
-def _layer(index: int, section: str, row: _Marked) -> LayerSpec:
-    if isinstance(row.value, dict):
-        parts = _named_row(row)
-    elif isinstance(row.value, list):
-        if len(row.value) != 4:
-            raise Fault(f"{row.where} layer {index}: a row is [from, number, module, args], got {flow(row.plain())}")
-        parts = dict(zip(ROW_KEYS[1:], row.value, strict=True))
-    else:
-        raise Fault(f"{row.where} layer {index}: a row is [from, number, module, args], got {flow(row.plain())}")
-    name = parts["name"].plain() if "name" in parts else None
-    if name is not None and (not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name)):
-        raise Fault(
-            f"{parts['name'].where} layer {index}: a row's name is a letter, then letters, digits and _; got {name!r}"
-        )
-    label = name or str(index)
-    faults: list[str] = []
+def _layers(top: _Marked, faults: list[str]) -> list[LayerSpec]:
+    """All rows of a file, with their faults added to `faults`."""
+    rows: list[tuple[str, _Marked]] = []
+    for section in ("backbone", "head"):
+        listed = top.value.get(section)
+        if listed is None:
+            continue
+        if not isinstance(listed.value, list) or not listed.value:
+            faults.append(f"{listed.where}: {section} is a list of rows [from, number, module, args]")
+            continue
+        rows += [(section, row) for row in listed.value]
+    if len(rows) > MOST_ROWS:
+        faults.append(f"{rows[MOST_ROWS][1].where}: {len(rows):,} rows; a model has at most {MOST_ROWS:,}")
+        return []
+    layers = []
+    places: dict[str, list[Where]] = {}
+    for index, (section, row) in enumerate(rows):
+        layer, wrong = _layer(index, section, row)
+        layers.append(layer)
+        faults += wrong
+        if layer.name:
+            places.setdefault(layer.name, []).append(layer.where)
+        if len(faults) > MOST_FAULTS:
+            break
+    for name, found in places.items():
+        if len(found) > 1:
+            faults += [f"{where}: two rows are named {name!r}" for where in found]
+    return layers
 
-    sources = parts["from"].plain()
-    sources = tuple(sources) if isinstance(sources, tuple) else (sources,)
+
+def _layer(index: int, section: str, row: _Marked) -> tuple[LayerSpec, list[str]]:
+    """A row as far as it can be read, and what is wrong with it."""
+    unreadable = LayerSpec(row.where, (), 1, UNREADABLE, section=section)
+    try:
+        parts = _parts(index, row)
+    except Fault as fault:
+        return unreadable, list(fault.lines)
+    faults: list[str] = []
+    written = clip(flow(row.plain()))
+
+    def attempt(key: str, read: Callable[[_Marked], Any], absent: Any) -> Any:
+        """What a part says, None where it is wrong."""
+        if key not in parts:
+            return absent
+        try:
+            return read(parts[key])
+        except Fault as fault:
+            place = f"{parts[key].where} layer {index} {written}:"
+            faults.extend(place + line.removeprefix(PLACE) if line.startswith(PLACE) else line for line in fault.lines)
+            return None
+
+    name = attempt("name", _name, None)
+    label = name or str(index)
+    sources = attempt("from", _from, None)
+    repeats = attempt("number", lambda part: _number(part, label), 1)
+    op = attempt("op", _module, None)
+    arguments = attempt("args", lambda part: _arguments(part, label), ((), {}))
+    if sources is None or op is None or arguments is None:
+        return replace(unreadable, name=name), faults
+    args, kwargs = arguments
+    if op in SHORTHANDS:
+        op, choices = SHORTHANDS[op]
+        kwargs = {key: Choice(f"{label}.{key}", options) for key, options in choices.items()} | kwargs
+    return LayerSpec(row.where, sources, repeats or 1, op, args, kwargs, name, section, written), faults
+
+
+def _parts(index: int, row: _Marked) -> dict[str, _Marked]:
+    """The parts of a row by `ROW_KEYS`. Raises `Fault` where it is not one."""
+    if isinstance(row.value, dict):
+        return _named_row(row)
+    if isinstance(row.value, list) and len(row.value) == 4:
+        return dict(zip(ROW_KEYS[1:], row.value, strict=True))
+    plain = row.plain()
+    hint = ""
+    if isinstance(plain, tuple):
+        hint = _meant(plain)
+    raise Fault(f"{row.where} layer {index}: a row is [from, number, module, args], got {clip(flow(plain))}{hint}")
+
+
+def _meant(row: tuple[Any, ...]) -> str:
+    """The row of four fields that one with more or fewer may stand for."""
+    words = [index for index, value in enumerate(row) if isinstance(value, str)]
+    match words:
+        case [1] if len(row) == 3 and isinstance(row[2], tuple):
+            return f"; `number` is missing: {clip(flow([row[0], 1, *row[1:]]))}"
+        case [2] if len(row) == 3:
+            return f"; args are missing: {clip(flow([*row, []]))}"
+        case [2, *_] if len(row) > 4 and not isinstance(row[3], tuple):
+            return f"; args are one list: {clip(flow([*row[:3], list(row[3:])]))}"
+    return ""
+
+
+def _name(part: _Marked) -> str:
+    name = part.plain()
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise Fault(f"{PLACE} a row's name is a letter, then up to 31 letters, digits and _; got {clip(repr(name))}")
+    return name
+
+
+def _from(part: _Marked) -> tuple[int | str, ...]:
+    written = part.plain()
+    sources = written if isinstance(written, tuple) else (written,)
     if not all(_is_int(source) or isinstance(source, str) for source in sources):
-        faults.append(
-            f"{parts['from'].where} layer {index}: `from` is a row's index or name, or a list of them; "
-            f"got {flow(parts['from'].plain())}"
-        )
-    repeats: Any = 1
-    if "number" in parts:
-        repeats = _value(parts["number"], f"{label}.number")
-        counts = repeats.options if isinstance(repeats, Choice) else (repeats,)
-        if not all(_is_int(count) and 1 <= count <= 1000 for count in counts):
-            faults.append(
-                f"{parts['number'].where} layer {index}: `number` is how often the module is repeated, 1 to 1000; "
-                f"got {flow(parts['number'].plain())}"
-            )
-    op = parts["op"].plain()
-    if not isinstance(op, str):
-        faults.append(f"{parts['op'].where} layer {index}: the module is a name, got {flow(op)}")
-    listed = parts["args"].value if "args" in parts else []
+        raise Fault(f"{PLACE} `from` is a row's index or name, or a list of them; got {clip(flow(written))}")
+    if len(sources) > MOST_SOURCES:
+        raise Fault(f"{PLACE} a row reads at most {MOST_SOURCES} others, this one {len(sources):,}")
+    return sources
+
+
+def _number(part: _Marked, label: str) -> int | Choice:
+    number = _value(part, f"{label}.number")
+    counts = number.options if isinstance(number, Choice) else (number,)
+    if not all(_is_int(count) and 1 <= count <= 1000 for count in counts):
+        got = clip(flow(part.plain()))
+        raise Fault(f"{PLACE} `number` is how often the module is repeated, 1 to 1000; got {got}")
+    return number
+
+
+def _module(part: _Marked) -> str:
+    op = part.plain()
+    if not isinstance(op, str) or not op:
+        raise Fault(f"{PLACE} the module is a name, got {clip(flow(op))}")
+    return op
+
+
+def _arguments(part: _Marked, label: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A row's arguments by position and by name."""
+    listed = part.value
     if not isinstance(listed, list):
-        faults.append(f"{parts['args'].where} layer {index}: args is a list, got {flow(parts['args'].plain())}")
-        listed = []
+        got = clip(flow(part.plain()))
+        raise Fault(f"{PLACE} args is a list, got {got}; write [{got}]")
     kwargs: dict[str, Any] = {}
     if listed and isinstance(listed[-1].value, dict) and "choice" not in listed[-1].value:
         kwargs = {key: _value(value, f"{label}.{key}") for key, value in listed[-1].value.items()}
         listed = listed[:-1]
-    args = tuple(_value(value, f"{label}.{position}") for position, value in enumerate(listed))
-    if faults:
-        raise Fault(*faults)
-    if op in SHORTHANDS:
-        op, choices = SHORTHANDS[op]
-        kwargs = {key: Choice(f"{label}.{key}", options) for key, options in choices.items()} | kwargs
-    return LayerSpec(row.where, sources, repeats, op, args, kwargs, name, section)
+    return tuple(_value(value, f"{label}.{position}") for position, value in enumerate(listed)), kwargs
 
 
 def _named_row(row: _Marked) -> dict[str, _Marked]:
     for key in row.value:
         if key not in ROW_KEYS:
-            raise Fault(
-                f"{row.key_where[key]}: unknown key {key!r} in a row{nearest(key, ROW_KEYS) or known(ROW_KEYS)}"
-            )
+            raise Fault(f"{row.key_where[key]}: unknown key {clip(repr(key))} in a row{_near(key, ROW_KEYS)}")
     for key in ("from", "op"):
         if key not in row.value:
             raise Fault(f"{row.where}: a row needs the key {key!r}")
     return dict(row.value)
+
+
+def _near(word: str, words: Collection[str]) -> str:
+    return nearest(word, words) or known(words)
 
 
 def _value(marked: _Marked, name: str) -> Any:
@@ -246,14 +360,14 @@ def _value(marked: _Marked, name: str) -> Any:
     if not isinstance(marked.value, dict):
         return marked.plain()
     if set(marked.value) != {"choice"}:
-        raise Fault(f"{marked.where}: a mapping here is a choice, {{choice: [3, 5]}}; got {flow(marked.plain())}")
+        raise Fault(f"{marked.where}: a mapping here is a choice, {{choice: [3, 5]}}; got {clip(flow(marked.plain()))}")
     options = marked.value["choice"].plain()
     if not isinstance(options, tuple) or _holds_mapping(options):
-        raise Fault(f"{marked.where}: a choice needs a list of plain options, got {flow(options)}")
+        raise Fault(f"{marked.where}: a choice needs a list of plain options, got {clip(flow(options))}")
     try:
         return Choice(name, options)
     except Fault as fault:
-        raise Fault(f"{marked.where}: {fault}") from None
+        raise Fault(f"{marked.where}: {clip(str(fault))}") from None
 
 
 def _holds_mapping(value: Any) -> bool:
@@ -264,22 +378,48 @@ def _anchors(top: _Marked, faults: list[str]) -> Anchors:
     anchors = top.get("anchors", 3)
     if _is_int(anchors) and 1 <= anchors <= 100:
         return anchors
-    good = (
-        isinstance(anchors, tuple)
-        and anchors
-        and all(
-            isinstance(level, tuple) and level and len(level) % 2 == 0 and all(_is_number(v) and v > 0 for v in level)
-            for level in anchors
-        )
-        and len({len(level) for level in anchors}) == 1
-    )
-    if not good:
+    where, wrong = top.where_of("anchors"), ""
+    if not isinstance(anchors, tuple) or not anchors:
+        wrong = f"got {clip(flow(anchors))}"
+    for level, sizes in enumerate(anchors if isinstance(anchors, tuple) else ()):
+        if not isinstance(sizes, tuple) or not all(_is_number(size) and size > 0 for size in sizes):
+            wrong = f"level {level} is {clip(flow(sizes))}"
+        elif not sizes or len(sizes) % 2:
+            wrong = f"level {level} has {len(sizes)} numbers"
+        elif len(sizes) > 200:
+            wrong = f"level {level} has {len(sizes) // 2} anchors"
+        elif len(sizes) != len(anchors[0]):
+            wrong = f"level {level} has {len(sizes) // 2}, level 0 has {len(anchors[0]) // 2}"
+        if wrong:
+            where = top.value["anchors"].value[level].where
+            break
+    if wrong:
         faults.append(
-            f"{top.where_of('anchors')}: anchors is how many a level (1 to 100), or for every level a list "
-            f"w, h, w, h, ... in pixels, the same number on each; got {flow(anchors)}"
+            f"{where}: anchors is how many a level (1 to 100), or for every level a list w, h, w, h, ... in pixels, "
+            f"the same number on each; {wrong}"
         )
         return 3
-    return tuple(tuple(float(value) for value in level) for level in anchors)
+    return tuple(tuple(float(size) for size in sizes) for sizes in anchors)
+
+
+def _ops(top: _Marked, path: str, trusted: bool) -> list[str]:
+    """Loads the Python file that a YAML names with ``ops:``, if it may; what is wrong with that."""
+    if "ops" not in top.value:
+        return []
+    file, where = top.get("ops", None), top.where_of("ops")
+    if not isinstance(file, str) or not file or not file.isprintable():
+        return [f"{where}: ops is a Python file, its path seen from this file; got {clip(flow(file))}"]
+    beside = Path(path).parent / file
+    if is_loaded(beside):
+        return []
+    if not trusted:
+        said = "is Python code that would run; --trust-ops allows it, or --ops FILE names it"
+        return [f"{where}: ops: {clip(file)} {said}"]
+    try:
+        load_ops(beside)
+    except Fault as fault:
+        return list(fault.lines)
+    return []
 
 
 # ---- YAML nodes with their places
@@ -291,7 +431,21 @@ class _Marked:
 
     value: Any
     where: Where
-    key_where: Mapping[str, Where]
+    key_where: Mapping[str, Where] = field(default_factory=dict)
+
+    @property
+    def inside(self) -> list[_Marked]:
+        return [*self.value] if isinstance(self.value, list) else [*getattr(self.value, "values", list)()]
+
+    @property
+    def size(self) -> int:
+        """How many values it is, with all inside it."""
+        return 1 + sum(item.size for item in self.inside)
+
+    @property
+    def levels(self) -> int:
+        """How many levels of values there are inside it."""
+        return max((1 + item.levels for item in self.inside), default=0)
 
     def plain(self) -> Any:
         """The value alone; lists become tuples."""
@@ -310,7 +464,9 @@ class _Marked:
 
 def _top(text: str, path: str) -> _Marked:
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        top = _document(text, path)
+    except Fault:
+        raise
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
         where = Where(path, mark.line + 1, mark.column + 1) if mark else path
@@ -318,56 +474,78 @@ def _top(text: str, path: str) -> _Marked:
         raise Fault(f"{where}: not valid YAML: {said}") from None
     except yaml.YAMLError as problem:  # a character that YAML does not allow
         raise Fault(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
-    except RecursionError:
-        raise Fault(f"{path}: nested deeper than {DEEPEST_TREE} levels") from None
     except (ValueError, OverflowError):  # of an escape or a directive
         raise Fault(f"{path}: not valid YAML: it holds a number that is out of range") from None
-    if root is None:
-        raise Fault(f"{path}: the file is empty")
-    count = [0]
-
-    def build(node: yaml.Node, depth: int) -> _Marked:
-        where = Where(path, node.start_mark.line + 1, node.start_mark.column + 1)
-        count[0] += 1
-        if count[0] > LARGEST_TREE:
-            raise Fault(f"{where}: more than {LARGEST_TREE} values")
-        if depth > DEEPEST_TREE:
-            raise Fault(f"{where}: nested deeper than {DEEPEST_TREE} levels")
-        if node.tag != _tag_without_asking(node):
-            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            raise Fault(f"{where}: tag {tag!r} is not allowed; values are plain words, numbers, lists and mappings")
-        if isinstance(node, yaml.ScalarNode):
-            return _Marked(_scalar(node, where), where, {})
-        if isinstance(node, yaml.SequenceNode):
-            return _Marked([build(item, depth + 1) for item in node.value], where, {})
-        values: dict[str, _Marked] = {}
-        key_where: dict[str, Where] = {}
-        for key_node, value_node in node.value:
-            place = Where(path, key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise Fault(f"{place}: a key is a plain word")
-            key = key_node.value
-            if key in values:
-                raise Fault(f"{place}: key {key!r} stands twice, first at {key_where[key]}")
-            values[key] = build(value_node, depth + 1)
-            key_where[key] = place
-        return _Marked(values, where, key_where)
-
-    top = build(root, 0)
     if not isinstance(top.value, dict):
         raise Fault(f"{top.where}: a model file is a mapping with the keys {', '.join(TOP_KEYS)}")
     return top
 
 
-def _tag_without_asking(node: yaml.Node) -> str:
-    """The tag that YAML gives to a node whose text names none."""
-    plain = isinstance(node, yaml.ScalarNode) and node.style is None
-    return str(RESOLVER.resolve(type(node), node.value, (plain, not plain)))
+def _document(text: str, path: str) -> _Marked:
+    """The one value that `text` holds, read event by event, so that what is too large is not read to its end."""
+    events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
+    anchored: dict[str, _Marked] = {}
+    count = 0
+
+    def place(event: Any) -> Where:
+        return Where(path, event.start_mark.line + 1, event.start_mark.column + 1)
+
+    def counted(values: int, levels: int, where: Where) -> None:
+        nonlocal count
+        count += values
+        if count > LARGEST_TREE:
+            raise Fault(f"{where}: more than {LARGEST_TREE:,} values")
+        if levels > DEEPEST_TREE:
+            raise Fault(f"{where}: nested deeper than {DEEPEST_TREE} levels")
+
+    def value(event: Any, level: int) -> _Marked:
+        where = place(event)
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in anchored:
+                raise Fault(f"{where}: no value before this one is marked &{clip(str(event.anchor))}")
+            again = anchored[event.anchor]
+            counted(again.size, level + again.levels, where)
+            return again
+        counted(1, level, where)
+        if event.tag is not None:
+            tag = clip(repr(event.tag.replace("tag:yaml.org,2002:", "!!")))
+            raise Fault(f"{where}: tag {tag} is not allowed; values are plain words, numbers, lists and mappings")
+        if isinstance(event, yaml.ScalarEvent):
+            marked = _Marked(_scalar(event, where), where)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            items = []
+            while not isinstance(item := next(events), yaml.SequenceEndEvent):
+                items.append(value(item, level + 1))
+            marked = _Marked(items, where)
+        else:
+            values: dict[str, _Marked] = {}
+            key_where: dict[str, Where] = {}
+            while not isinstance(key := next(events), yaml.MappingEndEvent):
+                if not isinstance(key, yaml.ScalarEvent):
+                    raise Fault(f"{place(key)}: a key is a plain word")
+                if key.value in values:
+                    first = key_where[key.value]
+                    raise Fault(f"{place(key)}: key {clip(repr(key.value))} stands twice, first at {first}")
+                values[key.value] = value(next(events), level + 1)
+                key_where[key.value] = place(key)
+            marked = _Marked(values, where, key_where)
+        if event.anchor:
+            anchored[event.anchor] = marked
+        return marked
+
+    next(events)  # of the stream
+    if isinstance(next(events), yaml.StreamEndEvent):
+        raise Fault(f"{path}: the file is empty")
+    top = value(next(events), 0)
+    next(events)  # the document's end
+    if not isinstance(more := next(events), yaml.StreamEndEvent):
+        raise Fault(f"{place(more)}: a second document begins here; a model file has one")
+    return top
 
 
-def _scalar(node: yaml.ScalarNode, where: Where) -> Any:
-    text = node.value
-    if node.style in ("'", '"', "|", ">"):
+def _scalar(event: yaml.ScalarEvent, where: Where) -> Any:
+    text = event.value
+    if event.style in ("'", '"', "|", ">"):
         return text
     if text in CONSTANTS:
         return CONSTANTS[text]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import operator
 import types
 import typing
@@ -19,11 +20,18 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
-from models.parse import flow
-from models.spec import Choice
+from data.structures import Fault
+from models.spec import FLOAT, INTEGER, Choice, clip, flow
 
 FILLED = ("self", "c_in", "inputs", "number")
 WIDTHS = ("c_out",)  # arguments that width_multiple scales
+PLAIN_WORDS = {  # for pydantic's
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "a word",
+    "a valid boolean": "True or False",
+    "a valid tuple": "a list",
+}
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,19 @@ class Shape:
     """What one row hands to the next: channels, how many input pixels a cell stands for, and the kind of tensor.
 
     Kinds: ``map`` ``[N, C, H, W]``; ``maps`` a head's list of outputs. An op takes maps unless it says otherwise.
+    A map has ``size // stride + margin`` rows and columns; only padding and pooling without padding know a margin.
     """
 
     channels: int
     stride: int
     kind: str = "map"
+    margin: int = 0
 
     def __str__(self) -> str:
-        return f"{self.channels} channels at stride {self.stride}" if self.kind == "map" else self.kind
+        if self.kind != "map":
+            return self.kind
+        extra = f", {self.margin:+d} cells a side" if self.margin else ""
+        return f"{self.channels} channels at stride {self.stride}{extra}"
 
 
 Infer = Callable[[Sequence[Shape], Mapping[str, Any]], Shape]
@@ -55,6 +68,7 @@ class Op:
     hints: Mapping[str, Any]
     infer: Infer
     many: bool  # whether forward takes a list of maps
+    file: str | None = None  # "my_ops.py:12" of a user's op, None for ours
 
     @property
     def signature(self) -> inspect.Signature:
@@ -82,11 +96,14 @@ class Op:
     def check(self, argument: str, value: Any) -> str | None:
         """What is wrong with a plain value of an argument, to be read after the value; None where nothing is."""
         try:
-            _adapter(self.name, argument).validate_python(value)
+            _adapter(self.module.__init__, argument).validate_python(value)
         except ValidationError as problem:
             first = problem.errors()[0]
             said = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
-            return said.replace("a valid boolean", "True or False").replace("a valid tuple", "a list")
+            for theirs, ours in PLAIN_WORDS.items():
+                said = said.replace(theirs, ours)
+            in_quotes = isinstance(value, str) and (INTEGER.fullmatch(value) or FLOAT.fullmatch(value))
+            return f"{said}; write {clip(value)} without quotes" if in_quotes else said
         return None
 
 
@@ -100,14 +117,18 @@ def register_op(
 
     `infer` maps the sources' Shapes and the named arguments, choices picked, to the output Shape; it raises ValueError
     with the reason where they do not fit. Left out, an op has one source and gives ``c_out`` channels (or what it got)
-    at ``stride`` times the source's stride.
+    at ``stride`` times the source's stride. Raises `Fault` where the name is taken.
     """
 
     def register(module: Module) -> Module:
-        parameters = dict(inspect.signature(module.__init__).parameters)
+        called = name or module.__name__
+        if OPS.get(called) is not None:
+            taken = OPS[called].file or f"{OPS[called].module.__module__}.{OPS[called].module.__name__}"
+            raise Fault(f"op {called!r} is already there, in {taken}; give this one another name")
+        own = module.__init__ is not nn.Module.__init__  # which takes anything and nothing
+        parameters = dict(inspect.signature(module.__init__).parameters) if own else {}
         hints = typing.get_type_hints(module.__init__, include_extras=True)
-        op = Op(name or module.__name__, module, parameters, hints, infer or one_to_one, many)
-        OPS[op.name] = op
+        OPS[called] = Op(called, module, parameters, hints, infer or one_to_one, many)
         return module
 
     return register
@@ -116,6 +137,11 @@ def register_op(
 def one_to_one(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
     """The Shape rule of most ops. Kernel and padding have to keep ``size // stride`` whole."""
     source = inputs[0]
+    if source.margin:
+        raise ValueError(
+            f"the source has {source.margin:+d} rows and columns too many or too few, which only nn.MaxPool2d and "
+            f"nn.ZeroPad2d take"
+        )
     stride, kernel, padding = args.get("stride", 1), args.get("kernel", 1), args.get("padding")
     groups, c_out = args.get("groups", 1), args.get("c_out", source.channels)
     margin = (kernel - 1) // 2 if padding is None else padding
@@ -127,7 +153,9 @@ def one_to_one(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
         )
     for channels in (source.channels, c_out):
         if channels % groups:
-            raise ValueError(f"groups {groups} does not divide {channels} channels")
+            common = math.gcd(source.channels, c_out)
+            fits = max(number for number in range(1, min(groups, common) + 1) if common % number == 0)
+            raise ValueError(f"groups {groups} does not divide {channels} channels; {fits} does")
     return Shape(c_out, source.stride * stride)
 
 
@@ -137,8 +165,9 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _adapter(op: str, argument: str) -> TypeAdapter[Any]:
-    plain = [part for part in _parts(OPS[op].hints[argument]) if part is not Choice]
+def _adapter(init: Callable[..., None], argument: str) -> TypeAdapter[Any]:
+    hint = typing.get_type_hints(init, include_extras=True)[argument]
+    plain = [part for part in _parts(hint) if part is not Choice]
     return TypeAdapter(
         functools.reduce(operator.or_, plain), config=ConfigDict(strict=True, arbitrary_types_allowed=True)
     )

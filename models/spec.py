@@ -5,11 +5,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.structures import Fault
+
+CONSTANTS: dict[str, bool | None] = {"null": None, "~": None, "": None, "None": None}
+CONSTANTS |= {"true": True, "True": True, "false": False, "False": False}
+INTEGER = re.compile(r"[-+]?[0-9]+")
+FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+WORD = re.compile(r"[A-Za-z_]([\w. -]*[\w.-])?")  # text that needs no quotes
+ESCAPES = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
+
+LONGEST_SHOWN = 300  # characters of a row or value in a message
 
 Anchors = int | tuple[tuple[float, ...], ...]  # how many a level, or w h w h ... in pixels for every level
 
@@ -62,6 +72,7 @@ class LayerSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
     section: str = "backbone"
+    written: str = field(default="", compare=False)  # the row as it stands in the file, for a fault
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -80,6 +91,7 @@ class LayerSpec:
             repeats=final(self.repeats),
             args=tuple(final(value) for value in self.args),
             kwargs={key: final(value) for key, value in self.kwargs.items()},
+            written="",
         )
 
 
@@ -95,6 +107,8 @@ class ModelSpec:
     activation: str = "silu"
     path: str = "<text>"
     activation_at: Where | None = field(default=None, compare=False)  # for a fault
+    anchors_at: Where | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what reading the file should say, a line each
 
     def __iter__(self) -> Iterator[LayerSpec]:
         return iter(self.layers)
@@ -110,3 +124,49 @@ class ModelSpec:
         """
         assert self.scaling == Scaling(), "freeze a normalized spec (models.graph.normalize)"
         return replace(self, layers=tuple(layer.freeze(picks) for layer in self.layers))
+
+
+# ---- values as text
+
+
+def row_place(index: int, layer: LayerSpec) -> str:
+    """``cfg/models/tiny.yaml:12:5 layer 4 [-1, 1, Conv, [16]]``: how a fault or note of a row begins."""
+    return f"{layer.where} layer {index} {clip(layer.written or row_text(layer))}"
+
+
+def clip(text: str) -> str:
+    """`text` as a message shows it: not longer than `LONGEST_SHOWN`."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def row_text(layer: LayerSpec) -> str:
+    """A row as one would write it: ``[-1, 3, BottleneckCSP2, [256, {kernel: 5}]]``."""
+    source: Any = layer.sources[0] if len(layer.sources) == 1 else list(layer.sources)
+    args = [*layer.args, dict(layer.kwargs)] if layer.kwargs else list(layer.args)
+    if layer.name:
+        row = {"name": layer.name, "from": source, "number": layer.repeats, "op": layer.op, "args": args}
+        return flow(row)
+    return flow([source, layer.repeats, layer.op, args])
+
+
+def flow(value: Any) -> str:
+    """A value as YAML on one line, as `parse_text` reads it back."""
+    if isinstance(value, Choice):
+        return f"{{choice: {flow(value.options)}}}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(flow(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "None", True: "True", False: "False"}[value]
+    if not isinstance(value, str):
+        return repr(value)
+    if WORD.fullmatch(value) and value not in CONSTANTS:
+        return value
+    if value.isprintable():
+        return "'" + value.replace("'", "''") + "'"
+    return '"' + "".join(c if c.isprintable() and c not in ESCAPES else _escaped(c) for c in value) + '"'
+
+
+def _escaped(character: str) -> str:
+    return ESCAPES.get(character, f"\\U{ord(character):08x}")

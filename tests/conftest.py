@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
 from hypothesis import settings
+
+from models.registry import OPS
 
 # The tests run in parallel processes; threads inside them would only get in each other's way. One thread also keeps
 # the order of every sum. Programs that a test starts inherit the environment.
@@ -21,6 +24,15 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def ops_of_the_program() -> Iterator[None]:
+    """Ops that a test brings are gone after it."""
+    before = dict(OPS)
+    yield
+    OPS.clear()
+    OPS.update(before)
 
 
 @pytest.fixture

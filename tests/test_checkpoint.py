@@ -27,7 +27,7 @@ backbone:
   - [-1, {count}, Bottleneck, [8, {{act: leaky}}]]
 head:
   - [-1, {count}, BottleneckCSP2, [12, {{kernel: {kernel}, act: {act}}}]]
-  - [[0, 2], 1, Detect, [nc, anchors]]
+  - [2, 1, Detect, [nc, anchors]]
 """
 NAMES = ["red", "green", "blue"]
 
@@ -36,7 +36,7 @@ def a_network(kernel: int = 3, count: int = 2, seed: int = 0) -> Network:
     """A plain network in eval mode whose norms look trained."""
     torch.manual_seed(seed)
     spec = parse_text(TEXT.format(kernel=kernel, count=count, act="relu"))
-    network = build(with_anchors(spec, ((10.0, 13.5, 16.0, 30.0), (33.0, 23.0, 30.0, 61.0)))).eval()
+    network = build(with_anchors(spec, ((10.0, 13.5, 16.0, 30.0),))).eval()
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.weight.data.uniform_(0.5, 1.5)
@@ -188,7 +188,7 @@ def test_yaml_that_is_no_model_is_a_fault_in_the_checkpoint(saved):
     content = torch.load(saved, weights_only=True)
     content["yaml"] = content["yaml"].replace("nc: 3", "nc: many")
     torch.save(content, saved)
-    assert told(saved) == f"{saved}[yaml]:2:5: nc is the number of classes, 1 to 100000; got 'many'"
+    assert told(saved) == f"{saved}[yaml]:3:5: nc is the number of classes, 1 to 100000; got 'many'"
 
 
 @pytest.mark.parametrize("damage", ["missing", "surplus", "shape"])
@@ -213,7 +213,7 @@ KERNELS, ACTS, COUNTS = "{choice: [3, 5]}", "{choice: [mish, relu]}", "{choice: 
 def a_supernet(kind: str, count: object = COUNTS) -> Supernet:
     torch.manual_seed(7)
     spec = parse_text(TEXT.format(kernel=KERNELS, count=count, act=ACTS))
-    return Supernet(with_anchors(spec, ((10.0, 13.5, 16.0, 30.0), (33.0, 23.0, 30.0, 61.0))), kind).eval()
+    return Supernet(with_anchors(spec, ((10.0, 13.5, 16.0, 30.0),)), kind).eval()
 
 
 @pytest.mark.parametrize("kind", SUPERNETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import models.ops.primitives as primitives
+from data.structures import Fault
 from models.elastic import plain_state
 from models.graph import Graph, combinations, normalize, resolve
 from models.network import SUPERNETS, Network, build
 from models.parse import parse_text
-from models.registry import OPS, Shape
+from models.registry import OPS
 from models.spec import Choice, ModelSpec
 from models.supernet import Supernet
 
@@ -38,11 +40,24 @@ EXAMPLES = {
         "[-1, 1, Conv, [8, 2, 2, 0]]",
         "[-1, 1, Conv, [8, 3, 4]]",
         "[-1, 3, Conv, [16, 3, 1, None, 16]]",
+        "[-1, 1, Conv, [12, 3, 2, {dilation: 3}]]",
+        "[-1, 1, Conv, [12, 3, 1, 2, {dilation: 2}]]",
     ],
+    "Focus": ["[-1, 1, Focus, [12, 3]]", "[-1, 1, Focus, [16, 2, 2, 0, 4]]"],
     "Bottleneck": ["[-1, 1, Bottleneck, [16]]", "[-1, 1, Bottleneck, [12, False, 2]]", "[-1, 2, Bottleneck, [16]]"],
-    "BottleneckCSP": ["[-1, 1, BottleneckCSP, [12]]", "[-1, 2, BottleneckCSP, [16, False, 4, 0.75]]"],
+    "BottleneckCSP": [
+        "[-1, 1, BottleneckCSP, [12]]",
+        "[-1, 2, BottleneckCSP, [16, False, 4, 0.75]]",
+        "[-1, 1, BottleneckCSP, [16, {concat_act: leaky}]]",
+    ],
     "BottleneckCSP2": ["[-1, 1, BottleneckCSP2, [12]]", "[-1, 3, BottleneckCSP2, [8, True, 2]]"],
+    "C3": ["[-1, 1, C3, [12]]", "[-1, 2, C3, [16, False, 4, 0.75]]"],
+    "C3Ghost": ["[-1, 1, C3Ghost, [8]]", "[-1, 2, C3Ghost, [16, 0.25]]"],
+    "C3TR": ["[-1, 1, C3TR, [8]]", "[-1, 2, C3TR, [16, 0.25]]"],
+    "GhostConv": ["[-1, 1, GhostConv, [12]]", "[-1, 1, GhostConv, [16, 3, 2, 4, {cheap: 3}]]"],
+    "VoVCSP": ["[-1, 1, VoVCSP, [12]]", "[-1, 2, VoVCSP, [16]]"],
     "SPP": ["[-1, 1, SPP, [12]]", "[-1, 1, SPP, [16, [3]]]"],
+    "SPPF": ["[-1, 1, SPPF, [12]]", "[-1, 1, SPPF, [16, 3]]"],
     "SPPCSP": ["[-1, 1, SPPCSP, [12]]", "[-1, 1, SPPCSP, [16, 0.25, [3, 7]]]"],
     "Concat": ["[[-1, 1], 1, Concat, [1]]", "[[-1], 1, Concat, []]"],
     "nn.Upsample": [
@@ -50,27 +65,51 @@ EXAMPLES = {
         "[-1, 1, nn.Upsample, [None, 4, bilinear]]",
         "[-1, 2, nn.Upsample, [None, 1]]",
     ],
+    "nn.MaxPool2d": [
+        "[-1, 1, nn.MaxPool2d, [2]]",
+        "[-1, 1, nn.MaxPool2d, [2, 2, 0]]",
+        "[-1, 1, nn.MaxPool2d, [3, 2, 1]]",
+        "[-1, 2, nn.MaxPool2d, [5, 1, 2]]",
+        "[-1, 1, nn.MaxPool2d, [2, 1]]",
+    ],
+    "nn.ZeroPad2d": ["[-1, 1, nn.ZeroPad2d, [[1, 0, 0, 1]]]", "[-1, 1, nn.ZeroPad2d, [[1, 2, 2, 1]]]"],
     "Detect": ["[[0, 1], 1, Detect, [nc, anchors]]"],
+}
+# What leads back to size // stride where a row gives more or less: only pooling and padding know such a map.
+EVENED = {
+    "[-1, 1, nn.MaxPool2d, [2, 1]]": "  - [-1, 1, nn.ZeroPad2d, [[0, 1, 0, 1]]]\n",
+    "[-1, 1, nn.ZeroPad2d, [[1, 0, 0, 1]]]": "  - [-1, 1, nn.MaxPool2d, [2, 1]]\n",
+    "[-1, 1, nn.ZeroPad2d, [[1, 2, 2, 1]]]": "  - [-1, 1, nn.MaxPool2d, [4, 1]]\n",
 }
 ROWS = [row for rows in EXAMPLES.values() for row in rows]
 # What a test leaves open where an op may choose.
-OPTIONS = {"kernel": (3, 5), "act": ("relu", "leaky", "mish"), "number": (1, 2)}
+OPTIONS = {
+    "kernel": (3, 5),
+    "cheap": (3, 5),
+    "act": ("relu", "leaky", "mish"),
+    "concat_act": ("relu", "leaky", "mish"),
+    "number": (1, 2),
+}
 
 
 def spec_with(row: str) -> ModelSpec:
     """A model whose row 2 is `row`."""
     is_head = row.split(", ")[-1].startswith("anchors")
-    rest = "" if is_head else "  - [-1, 1, Detect, [nc, anchors]]\n"
+    rest = "" if is_head else f"{EVENED.get(row, '')}  - [-1, 1, Detect, [nc, anchors]]\n"
     return parse_text(f"{FRONT}  - {row}\n{rest}")
 
 
 def opened(row: str) -> ModelSpec | None:
-    """The same with everything left open that the op may leave open; None where that is nothing."""
+    """The same with everything left open that the op may leave open; None where that is nothing.
+
+    An independent supernet holds 12 blocks a row, so a row that names its `concat_act` has that open instead of `act`.
+    """
     spec = spec_with(row)
     node = resolve(spec).nodes[ROW]
     given = dict(node.op.signature.bind(*node.layer.args, **node.layer.kwargs).arguments)
+    closed = "act" if "concat_act" in given else "concat_act"
     for name in node.op.signature.parameters:
-        if node.op.may_choose(name):
+        if node.op.may_choose(name) and name != closed:
             given[name] = Choice(f"{ROW}.{name}", OPTIONS[name])
     if "kernel" in given:
         given.pop("padding", None)
@@ -117,8 +156,9 @@ def test_declared_shape_is_the_real_shape(row):
         assert node.output.kind == "maps"
         assert [level.shape for level in y] == [(2, 2, 64 // s.stride, 96 // s.stride, 8) for s in node.inputs]
     else:
-        assert y.shape == (2, node.output.channels, 64 // node.output.stride, 96 // node.output.stride)
-        assert node.output == Shape(y.shape[1], 64 // y.shape[2])
+        shape = node.output
+        assert y.shape == (2, shape.channels, *(size // shape.stride + shape.margin for size in (64, 96)))
+        assert (shape.margin == 0) == (row not in EVENED)
 
 
 @pytest.mark.parametrize("supernet", SUPERNETS)
@@ -155,7 +195,7 @@ def test_an_option_is_the_same_whichever_is_active():
     """The other options of a mixture are computed while one is active."""
     torch.manual_seed(0)
     x = torch.rand(1, 2, 6, 6)
-    kernel, act, number = (Choice(name, options) for name, options in OPTIONS.items())
+    kernel, act, number = (Choice(name, OPTIONS[name]) for name in ("kernel", "act", "number"))
     leaves = [
         primitives.conv(2, 2, kernel),
         primitives.activation(act),
@@ -192,6 +232,80 @@ def test_the_pyramid_pools_beside_the_map():
     x = torch.zeros(1, 1, 9, 9)
     x[..., 4, 4] = 1
     assert [int(pool(x).sum()) for pool in pyramid.m] == [9, 25]
+
+
+def test_pooling_what_was_pooled_is_the_pyramid():
+    """SPPF with pools of 5 is SPP with 5, 9 and 13, weight by weight."""
+    torch.manual_seed(0)
+    fast, wide = (OPS[name].module(c_in=4, c_out=6).eval() for name in ("SPPF", "SPP"))
+    wide.load_state_dict(fast.state_dict())
+    x = torch.randn(1, 4, 17, 15)
+    torch.testing.assert_close(fast(x), wide(x), rtol=0, atol=1e-6)
+
+
+def test_focus_puts_each_pixel_of_a_square_into_a_channel_of_its_own():
+    focus = OPS["Focus"].module(c_in=1, c_out=4, act="identity").eval()
+    torch.nn.init.dirac_(focus.conv.conv.weight)
+    focus.conv.bn = nn.Identity()
+    x = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    assert focus(x).flatten().tolist() == [0, 2, 1, 3]  # upper left, lower left, upper right, lower right
+
+
+def test_a_dilated_convolution_sees_farther_and_keeps_its_size():
+    block = OPS["Conv"].module(c_in=1, c_out=1, kernel=3, dilation=4)
+    assert block.conv.padding == (4, 4) and block.conv.dilation == (4, 4)
+    assert block(torch.zeros(2, 1, 16, 16)).shape == (2, 1, 16, 16)
+
+
+def test_a_ghost_convolution_keeps_its_maps_and_adds_one_of_each():
+    torch.manual_seed(0)
+    block, x = OPS["GhostConv"].module(c_in=3, c_out=8, kernel=3).eval(), torch.rand(1, 3, 6, 6)
+    first = block.cv1(x)
+    torch.testing.assert_close(block(x), torch.cat((first, block.cv2(first)), dim=1))
+    assert block.cv2.conv.groups == 4
+
+
+def test_a_transformer_does_not_care_where_a_cell_lies():
+    """Attention and linear layers alone: cells in another order give the same values in that order."""
+    torch.manual_seed(0)
+    block, x = OPS["C3TR"].module(c_in=8, c_out=8, number=2).eval(), torch.rand(2, 8, 3, 4)
+    turned = torch.rot90(x, 1, (2, 3))
+    torch.testing.assert_close(block(turned), torch.rot90(block(x), 1, (2, 3)), rtol=0, atol=1e-5)
+
+
+def test_the_activation_after_a_concatenation_may_be_another():
+    block = OPS["BottleneckCSP"].module(c_in=4, c_out=8, act="silu", concat_act="leaky")
+    assert isinstance(block.act, nn.LeakyReLU) and isinstance(block.cv4.act, nn.SiLU)
+    assert isinstance(OPS["BottleneckCSP"].module(c_in=4, c_out=8, act="mish").act, nn.Mish)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("[-1, 1, GhostConv, [9]]", "half of 9 channels is no whole number"),
+        ("[-1, 1, C3Ghost, [12]]", "its ghost bottlenecks have 6 channels, which is no multiple of 4"),
+        ("[-1, 1, C3TR, [12]]", "4 attention heads do not divide its 6 inner channels"),
+        ("[-1, 1, VoVCSP, [9]]", "half of 9 channels is no whole number"),
+        ("[-1, 1, nn.MaxPool2d, [2, 2, 2]]", "padding 2 is more than half of the pool's size 2"),
+        ("[-1, 1, nn.ZeroPad2d, [[1, 1, 0, 1]]]", "adds 2 columns but 1 rows; both have to be the same"),
+        ("[-1, 1, SPPF, [8, 4]]", "pool=4 should be an odd number"),
+        ("[-1, 1, Conv, [8, 2, 1, None, 1, {dilation: 3}]]", "kernel 4, stride 1 and padding 1 do not keep"),
+    ],
+)
+def test_what_an_op_cannot_do_is_told(row, said):
+    with pytest.raises(Fault, match=re.escape(said)):
+        resolve(spec_with(row))
+
+
+@pytest.mark.parametrize(
+    "behind", ["Conv, [8]", "C3, [8]", "Bottleneck, [8]", "nn.Upsample, []", "Concat, []", "SPP, [8]"]
+)
+def test_only_pooling_and_padding_take_a_map_that_was_padded(behind):
+    row = f"[-1, 1, nn.ZeroPad2d, [[0, 1, 0, 1]]]\n  - [-1, 1, {behind}]"
+    with pytest.raises(Fault, match="rows and columns too many or too few"):
+        resolve(spec_with(row))
+    with pytest.raises(Fault, match="rows and columns too many or too few"):
+        resolve(spec_with("[-1, 1, nn.ZeroPad2d, [[0, 1, 0, 1]] ]"))  # in front of Detect
 
 
 def test_upsampling_repeats_cells():

@@ -23,7 +23,6 @@ from models.spec import Choice, LayerSpec, ModelSpec, Where
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "cfg" / "models").glob("*.yaml"))
-TINY = (ROOT / "cfg" / "models" / "tiny-search.yaml").read_text()
 
 GOOD = """\
 nc: 3
@@ -34,7 +33,7 @@ backbone:
   - [-1, 1, Conv, [16, 3, 2]]
 head:
   - [-1, 1, Conv, [16, 3, 1]]
-  - [[1, 2], 1, Detect, [nc, anchors]]
+  - [2, 1, Detect, [nc, anchors]]
 """
 ROW_0, ROW_2 = "[-1, 1, Conv, [16, 3, 2]]", "[-1, 1, Conv, [16, 3, 1]]"
 HEAD = GOOD[GOOD.index("head:") :]
@@ -132,10 +131,10 @@ def test_what_a_file_leaves_out_has_a_default():
 
 ANCHORS = (
     "anchors is how many a level (1 to 100), or for every level a list w, h, w, h, ... in pixels, "
-    "the same number on each; got"
+    "the same number on each;"
 )
 TAGS = "is not allowed; values are plain words, numbers, lists and mappings"
-KEYS = "name, nc, depth_multiple, width_multiple, activation, anchors, backbone, head"
+KEYS = "name, dialect, ops, nc, depth_multiple, width_multiple, activation, anchors, backbone, head"
 NUMBER = "`number` is how often the module is repeated, 1 to 1000; got"
 FIELDS = "a row is [from, number, module, args], got"
 NEEDS = "is missing; a model file has nc, backbone and head"
@@ -158,28 +157,44 @@ MISTAKES = {
     "unknown top key": ("nc: 3", "nc: 3\nanchorz: 3", "2:1: unknown key 'anchorz'; did you mean 'anchors'?"),
     "unknown top key, nothing near": ("nc: 3", "nc: 3\nxyz: 3", f"2:1: unknown key 'xyz'; known are {KEYS}"),
     "merge key": ("nc: 3", "nc: 3\n<<: {name: a}", f"2:1: unknown key '<<'; known are {KEYS}"),
-    "five numbers a level": ("anchors: 2", "anchors: [[1, 2, 3, 4, 5]]", f"3:10: {ANCHORS} [[1, 2, 3, 4, 5]]"),
+    "five numbers a level": ("anchors: 2", "anchors: [[1, 2, 3, 4, 5]]", f"3:11: {ANCHORS} level 0 has 5 numbers"),
     "more anchors on one level": (
         "anchors: 2",
         "anchors: [[1, 2], [1, 2, 3, 4]]",
-        f"3:10: {ANCHORS} [[1, 2], [1, 2, 3, 4]]",
+        f"3:19: {ANCHORS} level 1 has 2, level 0 has 1",
     ),
-    "negative anchor": ("anchors: 2", "anchors: [[-1, 2]]", f"3:10: {ANCHORS} [[-1, 2]]"),
-    "empty anchors": ("anchors: 2", "anchors: []", f"3:10: {ANCHORS} []"),
-    "anchors as text": ("anchors: 2", "anchors: auto", f"3:10: {ANCHORS} auto"),
-    "row with three fields": (ROW_2, "[-1, Conv, [16]]", f"8:5 layer 2: {FIELDS} [-1, Conv, [16]]"),
+    "negative anchor": ("anchors: 2", "anchors: [[-1, 2]]", f"3:11: {ANCHORS} level 0 is [-1, 2]"),
+    "empty anchors": ("anchors: 2", "anchors: []", f"3:10: {ANCHORS} got []"),
+    "anchors as text": ("anchors: 2", "anchors: auto", f"3:10: {ANCHORS} got auto"),
+    "row with three fields": (
+        ROW_2,
+        "[-1, Conv, [16]]",
+        f"8:5 layer 2: {FIELDS} [-1, Conv, [16]]; `number` is missing: [-1, 1, Conv, [16]]",
+    ),
     "row as text": (ROW_2, "Conv", f"8:5 layer 2: {FIELDS} Conv"),
-    "arguments as number": (ROW_2, "[-1, 1, Conv, 16]", "8:19 layer 2: args is a list, got 16"),
-    "module as list": (ROW_2, "[-1, 1, [Conv], [16]]", "8:13 layer 2: the module is a name, got [Conv]"),
-    "number 0": (ROW_2, "[-1, 0, Conv, [16]]", f"8:10 layer 2: {NUMBER} 0"),
-    "negative number": (ROW_2, "[-1, -3, Conv, [16]]", f"8:10 layer 2: {NUMBER} -3"),
-    "number as text": (ROW_2, "[-1, two, Conv, [16]]", f"8:10 layer 2: {NUMBER} two"),
-    "number as fraction": (ROW_2, "[-1, 1.0, Conv, [16]]", f"8:10 layer 2: {NUMBER} 1.0"),
-    "choice with number 0": (ROW_2, "[-1, {choice: [0, 1]}, Conv, [8]]", f"8:10 layer 2: {NUMBER} {{choice: [0, 1]}}"),
+    "arguments as number": (
+        ROW_2,
+        "[-1, 1, Conv, 16]",
+        "8:19 layer 2 [-1, 1, Conv, 16]: args is a list, got 16; write [16]",
+    ),
+    "module as list": (
+        ROW_2,
+        "[-1, 1, [Conv], [16]]",
+        "8:13 layer 2 [-1, 1, [Conv], [16]]: the module is a name, got [Conv]",
+    ),
+    "number 0": (ROW_2, "[-1, 0, Conv, [16]]", f"8:10 layer 2 [-1, 0, Conv, [16]]: {NUMBER} 0"),
+    "negative number": (ROW_2, "[-1, -3, Conv, [16]]", f"8:10 layer 2 [-1, -3, Conv, [16]]: {NUMBER} -3"),
+    "number as text": (ROW_2, "[-1, two, Conv, [16]]", f"8:10 layer 2 [-1, two, Conv, [16]]: {NUMBER} two"),
+    "number as fraction": (ROW_2, "[-1, 1.0, Conv, [16]]", f"8:10 layer 2 [-1, 1.0, Conv, [16]]: {NUMBER} 1.0"),
+    "choice with number 0": (
+        ROW_2,
+        "[-1, {choice: [0, 1]}, Conv, [8]]",
+        f"8:10 layer 2 [-1, {{choice: [0, 1]}}, Conv, [8]]: {NUMBER} {{choice: [0, 1]}}",
+    ),
     "from as fraction": (
         ROW_2,
         "[1.5, 1, Conv, [16]]",
-        "8:6 layer 2: `from` is a row's index or name, or a list of them; got 1.5",
+        "8:6 layer 2 [1.5, 1, Conv, [16]]: `from` is a row's index or name, or a list of them; got 1.5",
     ),
     "choice with one option": (
         ROW_2,
@@ -220,7 +235,8 @@ MISTAKES = {
     "row named by a number": (
         ROW_2,
         "{name: 4, from: -1, op: Conv, args: [16]}",
-        "8:12 layer 2: a row's name is a letter, then letters, digits and _; got 4",
+        "8:12 layer 2 {name: 4, from: -1, op: Conv, args: [16]}: a row's name is a letter, then up to 31 letters, "
+        "digits and _; got 4",
     ),
     "two rows of one name": (
         f"{ROW_0}\n  - {ROW_0}",
@@ -242,7 +258,7 @@ MISTAKES = {
     "two documents": (
         "anchors: 2",
         "anchors: 2\n---",
-        "4:1: not valid YAML: expected a single document in the stream, but found another document",
+        "4:1: a second document begins here; a model file has one",
     ),
     "endless number": ("nc: 3", f"nc: {'9' * 30}", "1:5: 99999999999999999999... is too large a number"),
     "infinite number": (ROW_2, "[-1, 1, Conv, [1e999]]", "8:20: 1e999 is too large a number"),
@@ -250,7 +266,7 @@ MISTAKES = {
     "tag that changes nothing": (ROW_2, "[-1, 1, Conv, [!!str 16]]", f"8:20: tag '!!str' {TAGS}"),
     "tag on a list": (ROW_2, "!row [-1, 1, Conv, [16]]", f"8:5: tag '!row' {TAGS}"),
     "list as key": ("nc: 3", "nc: 3\n? [a]\n: b", "2:3: a key is a plain word"),
-    "value that holds itself": ("nc: 3", "nc: &a {b: *a}", "1:5: nested deeper than 40 levels"),
+    "value that holds itself": ("nc: 3", "nc: &a {b: *a}", "1:12: no value before this one is marked &a"),
 }
 
 
@@ -271,21 +287,15 @@ def test_numbers_that_pyyaml_stumbles_over_are_faults():
     assert told('nc: "\\UFFFFFFFF"') == told(f"%YAML 1.{'9' * 5000}\n---\nnc: 3") == [wanted]
 
 
-def test_bombs_do_not_go_off():
-    aliases = "".join(f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 10)}]\n" for name in "bcdefghi")
-    assert told("a: &a [x]\n" + aliases)[0].endswith(": more than 50000 values")
-    assert told("[" * 1500) == ["bad.yaml: nested deeper than 40 levels"]
-
-
 def test_all_mistakes_of_a_file_are_told_at_once():
     text = GOOD.replace("nc: 3", "nc: three\nanchorz: 3").replace(ROW_2, "[-1, Conv, [16]]\n  - [-1, 0, 3, 16]")
     assert told(text) == [
-        "bad.yaml:2:1: unknown key 'anchorz'; did you mean 'anchors'?",
         "bad.yaml:1:5: nc is the number of classes, 1 to 100000; got 'three'",
-        f"bad.yaml:9:5 layer 2: {FIELDS} [-1, Conv, [16]]",
-        f"bad.yaml:10:10 layer 3: {NUMBER} 0",
-        "bad.yaml:10:13 layer 3: the module is a name, got 3",
-        "bad.yaml:10:16 layer 3: args is a list, got 16",
+        "bad.yaml:2:1: unknown key 'anchorz'; did you mean 'anchors'?",
+        f"bad.yaml:9:5 layer 2: {FIELDS} [-1, Conv, [16]]; `number` is missing: [-1, 1, Conv, [16]]",
+        f"bad.yaml:10:10 layer 3 [-1, 0, 3, 16]: {NUMBER} 0",
+        "bad.yaml:10:13 layer 3 [-1, 0, 3, 16]: the module is a name, got 3",
+        "bad.yaml:10:16 layer 3 [-1, 0, 3, 16]: args is a list, got 16; write [16]",
     ]
 
 
@@ -296,12 +306,12 @@ def test_a_file_that_cannot_be_read_is_a_fault(tmp_path):
     with pytest.raises(Fault, match=r"latin\.yaml: not UTF-8 text \(unexpected end of data at byte 9\)$"):
         parse(tmp_path / "latin.yaml")
     (tmp_path / "large.yaml").write_text("#" * 1_000_001)
-    with pytest.raises(Fault, match=r"large\.yaml: 1000001 bytes; a model file has at most 1000000$"):
+    with pytest.raises(Fault, match=r"large\.yaml: 1,000,001 bytes; a model file has at most 100,000$"):
         parse(tmp_path / "large.yaml")
 
 
 def test_check_prints_faults_without_a_traceback_and_exits_with_2(tmp_path):
-    text = changed(ROW_2, "[-1, 1, Covn, [16]]").replace("[[1, 2], 1, Detect", "[[1, 7], 1, Detect")
+    text = changed(ROW_2, "[-1, 1, Covn, [16]]").replace("[2, 1, Detect", "[[1, 7], 1, Detect")
     (tmp_path / "bad.yaml").write_text(text)
     (tmp_path / "good.yaml").write_text(GOOD)
     program = [sys.executable, "-m", "models", "check", "bad.yaml", "good.yaml"]
@@ -318,53 +328,6 @@ def test_check_prints_faults_without_a_traceback_and_exits_with_2(tmp_path):
 def test_check_finds_all_of_our_files_good(capsys):
     assert main(["check", *map(str, FILES)]) == 0
     assert capsys.readouterr().err == ""
-
-
-# ---- nothing in a file runs
-
-ATTACKS = (
-    "__import__('pathlib').Path({marker!r}).touch()",
-    "[print('EXECUTED'), __import__('pathlib').Path({marker!r}).touch()][1]",
-    "[print('EXECUTED'), torch.nn.SiLU()][1]",
-    "(lambda: open({marker!r}, 'w'))()",
-    "nc.__class__.__base__.__subclasses__()",
-)
-TAGGED = (
-    '!!python/object/apply:os.system ["touch {marker}"]',
-    "!!python/object/apply:builtins.open [{marker!r}, w]",
-    "!!python/object/new:pathlib.Path [{marker!r}]",
-    "!!python/name:os.system",
-    "!!python/module:antigravity",
-)
-PLACES = {
-    "argument": ("[16, 3, 1]", "[{attack}, 3, 1]"),
-    "argument in a list": ("[16, 3, 1]", "[[{attack}], 3, 1]"),
-    "named argument": ("[16, 3, 1]", "[16, {{act: {attack}}}]"),
-    "option": ("[16, 3, 1]", "[16, {{kernel: {{choice: [3, {attack}]}}}}]"),
-    "module": ("[-1, 1, Conv, [16, 3, 1]]", "[-1, 1, {attack}, [16, 3, 1]]"),
-    "from": ("[-1, 1, Conv, [16, 3, 1]]", "[{attack}, 1, Conv, [16, 3, 1]]"),
-    "number": ("[-1, 1, Conv, [16, 3, 1]]", "[-1, {attack}, Conv, [16, 3, 1]]"),
-    "row": ("[-1, 1, Conv, [16, 3, 1]]", "{attack}"),
-    "activation": ("mish", "{attack}"),
-    "nc": ("nc: 3", "nc: {attack}"),
-    "anchors": ("anchors: 2", "anchors: {attack}"),
-    "key": ("nc: 3", "nc: 3\n{attack}: 3"),
-}
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("attack", [*ATTACKS, *TAGGED])
-def test_code_in_a_file_is_a_fault_and_never_runs(attack, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    marker = tmp_path / "executed"
-    text = attack.format(marker=str(marker))
-    if attack in ATTACKS:
-        text = '"' + text + '"'
-    old, new = PLACES[place]
-    lines = told(changed(old, new.format(attack=text)))
-    assert all(line.startswith("bad.yaml:") for line in lines)
-    assert os.listdir(tmp_path) == []
-    assert capsys.readouterr() == ("", "")
 
 
 # ---- text and back
@@ -444,48 +407,6 @@ def test_any_text_is_a_model_or_a_fault(text):
     survives(text)
 
 
-LINES = TINY.splitlines()
-TOKENS = st.sampled_from(
-    [
-        *("[", "]", "{", "}", ",", ":", "", " ", "#", "'", "-1", "0", "1", "31", "99", "-5", "0.5", "1e999", "True"),
-        *("None", "nc", "anchors", "Conv", "Concat", "Detect", "nn.Upsample", "Bottleneck", "mish", "{choice: [1, 3]}"),
-        *("{kernel: {choice: [3, 5]}}", "[]", "[[-1, 4]]", "{name: x, from: -1, op: Conv, args: [8]}", "\n  - ", "x"),
-    ]
-)
-EDITS = st.tuples(
-    st.sampled_from(["drop", "repeat", "swap", "token", "insert"]),
-    st.integers(0, len(LINES) - 1),
-    st.integers(0, len(LINES) - 1),
-    TOKENS,
-)
-
-
-def edited(edits: list[tuple[str, int, int, str]]) -> str:
-    lines = list(LINES)
-    for kind, at, other, token in edits:
-        at, other = at % len(lines), other % len(lines)
-        words = lines[at].replace(",", " , ").replace("[", "[ ").replace("]", " ]").split(" ")
-        if kind == "drop":
-            lines.pop(at)
-        elif kind == "repeat":
-            lines.insert(other, lines[at])
-        elif kind == "swap":
-            lines[at], lines[other] = lines[other], lines[at]
-        elif kind == "token":
-            words[other % len(words)] = token
-            lines[at] = " ".join(words)
-        else:
-            words.insert(other % len(words), token)
-            lines[at] = " ".join(words)
-    return "\n".join(lines)
-
-
-@settings(max_examples=150)
-@given(st.lists(EDITS, min_size=1, max_size=4))
-def test_a_search_file_with_random_edits_is_a_model_or_a_fault(edits):
-    survives(edited(edits))
-
-
 LIKELY = {
     "c_out": [8, 16, 24, 1],
     "kernel": [1, 3, 5, 2],
@@ -497,6 +418,8 @@ LIKELY = {
     "pools": [(5,), (3, 5)],
     "shortcut": [True, False],
     "scale_factor": [1, 2, 4],
+    "kernel_size": [1, 2, 3],
+    "dilation": [1, 2],
     "mode": ["nearest", "bilinear"],
     "num_classes": ["nc", 3],
     "anchors": ["anchors"],
@@ -521,7 +444,7 @@ def rows(draw: st.DrawFn) -> LayerSpec:
     parameters = OPS[name].signature.parameters.values()
     wanted = [p.name for p in parameters if p.default is p.empty or draw(st.booleans())]
     number = draw(st.sampled_from([1, 1, 2, Choice("x", (1, 2))]))
-    sources = [(0,), (1,), (-2,), (0, 0), (0, 1)] if OPS[name].many else [(0,), (1,), (-1,), (0, 0)]
+    sources = [(1,), (-1,), (1, 1), (0, 1)] if OPS[name].many else [(1,), (-1,), (-1,), (0, 1)]
     kwargs = {argument: value(argument) for argument in wanted}
     return LayerSpec(Where("", 0, 0), draw(st.sampled_from(sources)), number, name, (), kwargs)
 

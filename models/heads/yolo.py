@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from data.structures import Targets
 from models.boxes import complete_iou, cxcywh_to_xyxy
+from models.ops.merge import no_margin
 from models.registry import Shape, register_op
 from models.spec import Anchors
 
@@ -32,6 +33,7 @@ BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
 
 def detect_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
     anchors = args["anchors"]
+    no_margin(inputs)
     if not isinstance(anchors, int) and len(anchors) != len(inputs):
         raise ValueError(f"anchors are given for {len(anchors)} levels, but the head reads {len(inputs)}")
     return Shape(0, inputs[0].stride, "maps")

@@ -1,12 +1,15 @@
 """Residual bottlenecks and the cross-stage-partial blocks built of them (CSPNet, arXiv 1911.11929).
 
 BottleneckCSP and BottleneckCSP2 follow ScaledYOLOv4 (arXiv 2011.08036): a plain convolution ends one branch, another is
-the second branch, and one batch norm and activation work on their concatenation.
+the second branch, and one batch norm and activation work on their concatenation. C3 is what yolov5 made of the first
+since its v4.0: three blocks of convolution, norm and activation, and nothing after the concatenation. VoVCSP is the
+one-shot aggregation of VoVNet (arXiv 1904.09730) on half of the channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +30,13 @@ def hidden_channels(args: Mapping[str, Any], channels: int) -> int:
 
 def bottleneck_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
     hidden = hidden_channels(args, args["c_out"])
-    return one_to_one([Shape(hidden, inputs[0].stride)], args)  # of the second convolution, the grouped one
+    return one_to_one([replace(inputs[0], channels=hidden)], args)  # of the second convolution, the grouped one
 
 
 def csp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
     hidden = hidden_channels(args, args["c_out"])
-    one_to_one([Shape(hidden, inputs[0].stride)], {**args, "c_out": hidden})  # inside the bottlenecks
-    return Shape(args["c_out"], inputs[0].stride)
+    inside = one_to_one([replace(inputs[0], channels=hidden)], {**args, "c_out": hidden})  # the bottlenecks
+    return replace(inside, channels=args["c_out"])
 
 
 @register_op(infer=bottleneck_shape)
@@ -69,6 +72,9 @@ class Bottleneck(nn.Module):
 class BottleneckCSP(nn.Module):
     """Cross-stage-partial block: half the channels go through `number` bottlenecks, half past them.
 
+    ``concat_act`` is the activation after the concatenation; None takes `act`. yolov5 up to v6.0 has LeakyReLU there,
+    whatever its other activations are.
+
     Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
     """
 
@@ -83,15 +89,17 @@ class BottleneckCSP(nn.Module):
         *,
         kernel: Kernel = 3,
         act: Act = DEFAULT,
+        concat_act: Act | None = None,
     ) -> None:
         super().__init__()
         hidden = int(c_out * expansion)
+        after = act if concat_act is None else concat_act
         self.cv1 = Conv(c_in, hidden, 1, act=act)
         self.cv2 = conv(c_in, hidden, 1)
         self.cv3 = conv(hidden, hidden, 1)
         self.cv4 = Conv(2 * hidden, c_out, 1, act=act)
-        self.bn = norm(2 * hidden, feeds=act)
-        self.act = activation(act)
+        self.bn = norm(2 * hidden, feeds=after)
+        self.act = activation(after)
         self.m = repeat(number, lambda: Bottleneck(hidden, hidden, shortcut, groups, 1.0, kernel=kernel, act=act))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,3 +137,58 @@ class BottleneckCSP2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.cv1(x)
         return self.cv3(self.act(self.bn(torch.cat((self.m(x), self.cv2(x)), dim=1))))
+
+
+@register_op(infer=csp_shape)
+class C3(nn.Module):
+    """Cross-stage-partial block of yolov5 since v4.0: `number` bottlenecks beside a 1x1 `Conv`, and one over both.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: Width,
+        number: Count = 1,
+        shortcut: bool = True,
+        groups: Width = 1,
+        expansion: Fraction = 0.5,
+        *,
+        kernel: Kernel = 3,
+        act: Act = DEFAULT,
+    ) -> None:
+        super().__init__()
+        hidden = int(c_out * expansion)
+        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        self.cv2 = Conv(c_in, hidden, 1, act=act)
+        self.cv3 = Conv(2 * hidden, c_out, 1, act=act)
+        self.m = repeat(number, lambda: Bottleneck(hidden, hidden, shortcut, groups, 1.0, kernel=kernel, act=act))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))
+
+
+def vovcsp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    for channels in (inputs[0].channels, args["c_out"]):
+        if channels % 2:
+            raise ValueError(f"half of {channels} channels is no whole number")
+    return one_to_one(inputs, args)
+
+
+@register_op(infer=vovcsp_shape)
+class VoVCSP(nn.Module):
+    """The second half of the channels through two convolutions; what each gives is kept, and a 1x1 joins them.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(self, c_in: int, c_out: Width, *, kernel: Kernel = 3, act: Act = DEFAULT) -> None:
+        super().__init__()
+        self.cv1 = Conv(c_in // 2, c_out // 2, kernel, act=act)
+        self.cv2 = Conv(c_out // 2, c_out // 2, kernel, act=act)
+        self.cv3 = Conv(c_out, c_out, 1, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.cv1(x.chunk(2, dim=1)[1])
+        return self.cv3(torch.cat((first, self.cv2(first)), dim=1))

@@ -21,7 +21,14 @@ def _odd(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes
 
 
+def _odd_one(size: int) -> int:
+    if size % 2 == 0:
+        raise ValueError("should be an odd number")
+    return size
+
+
 Pools = Annotated[tuple[PlainKernel, ...], AfterValidator(_odd)]
+Pool = Annotated[PlainKernel, AfterValidator(_odd_one)]
 
 
 def spp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
@@ -47,6 +54,29 @@ class SPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.cv1(x)
         return self.cv2(torch.cat([x, *(pool(x) for pool in self.m)], dim=1))
+
+
+@register_op(infer=spp_shape)
+class SPPF(nn.Module):
+    """`SPP` by pooling what was pooled: three pools of 5 in a row see 5, 9 and 13 cells, with fewer comparisons.
+
+    The faster form is yolov5's, since v6.0.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(self, c_in: int, c_out: Width, pool: Pool = 5, *, act: Act = DEFAULT) -> None:
+        super().__init__()
+        hidden = c_in // 2
+        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        self.cv2 = Conv(4 * hidden, c_out, 1, act=act)
+        self.m = nn.MaxPool2d(pool, stride=1, padding=pool // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cv1(x)
+        once = self.m(x)
+        twice = self.m(once)
+        return self.cv2(torch.cat((x, once, twice, self.m(twice)), dim=1))
 
 
 def sppcsp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:

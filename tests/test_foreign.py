@@ -1,0 +1,248 @@
+"""Weights of another program: found by structure, told where they do not fit, and as good as they were there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_ops import scramble
+from torch import Tensor, nn
+
+from data.augment import letterbox
+from data.config import read_data_spec
+from data.dataset import DetectionSet
+from data.readers import read_split
+from data.structures import Batch, Fault, Targets
+from engine.evaluate import evaluate, in_corner
+from models.checkpoint import save_checkpoint
+from models.foreign import import_weights
+from models.network import Network, build
+from models.parse import parse, parse_text
+from models.spec import ModelSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = """\
+nc: {nc}
+anchors: {anchors}
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 2, BottleneckCSP, [12, {{kernel: {kernel}}}]]
+head:
+  - [-1, 1, nn.Upsample, []]
+  - [-1, 1, Conv, [{width}, 3, 4]]
+  - [[1, 3], 1, Detect, [nc, anchors]]
+"""
+ANCHORS = "[[10, 13, 16, 30], [33, 23.5, 30, 61]]"
+
+
+def a_spec(nc: int = 3, anchors: str = ANCHORS, kernel: int = 3, width: int = 16) -> ModelSpec:
+    return parse_text(TEXT.format(nc=nc, anchors=anchors, kernel=kernel, width=width), "mine.yaml")
+
+
+def a_network() -> Network:
+    torch.manual_seed(0)
+    network = build(a_spec())
+    scramble(network)
+    return network.eval()
+
+
+def foreign(network: Network, rename: Callable[[str], str] = lambda name: name, prefix: str = "model.") -> dict:
+    """The state dict that another program would have of this network: half precision, anchors in cells."""
+    state = {
+        prefix + rename(key.removeprefix("layers.")): tensor.half() if tensor.is_floating_point() else tensor
+        for key, tensor in network.state_dict().items()
+    }
+    strides = torch.tensor(network.head.strides)
+    state[f"{prefix}{len(network.layers) - 1}.anchors"] = (network.head.anchors / strides[:, None, None]).half()
+    return state
+
+
+def saved(tmp_path: Path, content: object) -> Path:
+    torch.save(content, tmp_path / "state.pth")
+    return tmp_path / "state.pth"
+
+
+def logits(network: Network) -> list[Tensor]:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return network(images)[0]
+
+
+def assert_same(found: Network, network: Network) -> None:
+    for y, z in zip(logits(found), logits(network.half().float()), strict=True):
+        torch.testing.assert_close(y, z, rtol=0, atol=1e-4)
+    assert not found.training and found.head.anchors.dtype == torch.float32
+
+
+def told(path: Path, spec: ModelSpec, names: list[str] | None = None) -> tuple[str, ...]:
+    with pytest.raises(Fault) as caught:
+        import_weights(path, spec, names)
+    return tuple(line.replace(str(path), "state.pth") for line in caught.value.lines)
+
+
+# ---- what fits
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.model.", "", "_orig_mod.model.model."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_weights_are_found_by_row_and_name(tmp_path, prefix, key):
+    network = a_network()
+    state = foreign(network, prefix=prefix)
+    found, notes = import_weights(
+        saved(tmp_path, {key: state, "epoch": 3} if key else state), a_spec(), ["a", "b", "c"]
+    )
+    assert notes == ()
+    assert_same(found, network)
+
+
+def test_other_names_are_found_by_shape_in_the_order_of_definition(tmp_path):
+    network = a_network()
+
+    def rename(name: str) -> str:
+        return name.replace("cv", "branch").replace(".bn.", ".norm.").replace(".m.", ".inner.")
+
+    found, notes = import_weights(saved(tmp_path, foreign(network, rename)), a_spec())
+    assert notes == ()
+    assert_same(found, network)
+
+
+def test_counters_are_not_missed(tmp_path):
+    network = a_network()
+    state = {key: tensor for key, tensor in foreign(network).items() if "num_batches" not in key}
+    found, notes = import_weights(saved(tmp_path, state), a_spec())
+    assert notes == ()
+    assert_same(found, network)
+
+
+def test_classes_and_anchors_are_those_of_the_weights(tmp_path):
+    network = a_network()
+    path = saved(tmp_path, foreign(network))
+    found, notes = import_weights(path, a_spec(nc=80, anchors="[[10, 13, 16, 30], [33, 23.5, 30, 62]]"))
+    assert notes == (
+        "anchors: 10 13 16 30; 33 23.5 30 62 in mine.yaml; taken from the weights: 10 13 16 30; 33 23.5 30 61",
+        "nc: 80 in mine.yaml; taken from the weights: 3",
+    )
+    assert_same(found, network)
+    found, notes = import_weights(path, a_spec(anchors="4"))
+    assert notes == ("anchors: 4 a level in mine.yaml; taken from the weights: 10 13 16 30; 33 23.5 30 61",)
+    assert_same(found, network)
+    assert found.spec.anchors == network.spec.anchors
+
+
+# ---- what does not
+
+
+def test_a_part_of_a_row_that_does_not_fit_is_named(tmp_path):
+    state = foreign(a_network())
+    state["model.1.attention"] = torch.zeros(4, 2)
+    state["ema.decay"] = torch.zeros(1)
+    _, notes = import_weights(saved(tmp_path, state), a_spec(kernel=5))
+    assert notes == (
+        "in no row model.<number>, not used: ema.decay [1]",
+        "row 1 BottleneckCSP: not in the file, left at its start: "
+        "m.0.cv2.conv.weight [6, 6, 5, 5], m.1.cv2.conv.weight [6, 6, 5, 5]",
+        "row 1 BottleneckCSP: in the file, but not used: "
+        "m.0.cv2.conv.weight [6, 6, 3, 3], m.1.cv2.conv.weight [6, 6, 3, 3], attention [4, 2]",
+    )
+
+
+def test_a_row_that_does_not_fit_at_all_is_a_fault(tmp_path):
+    state = foreign(a_network())
+    assert told(saved(tmp_path, state), a_spec(width=24)) == (
+        "mine.yaml:8:5 layer 3 [-1, 1, Conv, [24, 3, 4]]: needs conv.weight [24, 12, 3, 3], bn.weight [24], "
+        "bn.bias [24] and 2 more; state.pth: its row 3 has conv.weight [16, 12, 3, 3], bn.weight [16], "
+        "bn.bias [16] and 2 more",
+    )
+    moved = {key.replace("model.3.", "model.2.").replace("model.4.", "model.5."): t for key, t in state.items()}
+    assert told(saved(tmp_path, moved), a_spec()) == (
+        "mine.yaml:7:5 layer 2 [-1, 1, nn.Upsample, []]: has no weights; state.pth: its row 2 has "
+        "conv.weight [16, 12, 3, 3], bn.weight [16], bn.bias [16] and 2 more",
+        "mine.yaml:8:5 layer 3 [-1, 1, Conv, [16, 3, 4]]: needs conv.weight [16, 12, 3, 3], bn.weight [16], "
+        "bn.bias [16] and 2 more; state.pth: it has no row 3",
+        "mine.yaml:9:5 layer 4 [[1, 3], 1, Detect, [nc, anchors]]: needs m.0.weight [16, 12, 1, 1], m.0.bias [16], "
+        "m.1.weight [16, 16, 1, 1] and 1 more; state.pth: it has no row 4",
+        "state.pth: its row 5 has m.0.weight [16, 12, 1, 1], m.0.bias [16], m.1.weight [16, 16, 1, 1] and 2 more, "
+        "but mine.yaml ends with row 4",
+    )
+
+
+def test_a_head_that_cannot_be_ours_is_a_fault(tmp_path):
+    state = foreign(a_network())
+    for level in (0, 1):
+        for name in ("weight", "bias"):
+            state[f"model.4.m.{level}.{name}"] = state[f"model.4.m.{level}.{name}"][:15]
+    assert told(saved(tmp_path, state), a_spec()) == (
+        "mine.yaml:9:5 layer 4 [[1, 3], 1, Detect, [nc, anchors]]: 2 anchors of 5 + classes do not make the 15 outputs "
+        "a level of state.pth",
+    )
+    state["model.4.anchors"] = torch.zeros(3, 2, 2)
+    assert told(saved(tmp_path, state), a_spec()) == (
+        "mine.yaml:9:5 layer 4 [[1, 3], 1, Detect, [nc, anchors]]: reads 2 levels; state.pth has anchors [3, 2, 2], "
+        "where [2, anchors a level, 2] would fit",
+    )
+
+
+def test_as_many_names_as_classes(tmp_path):
+    path = saved(tmp_path, foreign(a_network()))
+    assert told(path, a_spec(), ["a", "b"]) == ("state.pth: was trained on 3 classes, but 2 names are given",)
+
+
+class Whole(nn.Module):
+    """A network that is saved as an object."""
+
+
+def test_a_file_that_is_no_state_dict_is_a_fault(tmp_path):
+    spec, network = a_spec(), a_network()
+    assert told(saved(tmp_path, Whole()), spec) == (
+        "state.pth: holds Python objects or is no checkpoint at all; it was not opened",
+    )
+    for content in ({"epoch": 3}, [torch.zeros(2)], {"model": {"epoch": 1}}):
+        (line,) = told(saved(tmp_path, content), spec)
+        assert line.startswith("state.pth: holds no state dict")
+    assert told(saved(tmp_path, {"weight": torch.zeros(2, 3)}), spec) == (
+        "state.pth: none of its tensors belongs to a row, as model.0.conv.weight does: weight [2, 3]",
+    )
+    save_checkpoint(tmp_path / "state.pth", network, ["a", "b", "c"], imgsz=32)
+    assert told(tmp_path / "state.pth", spec) == (
+        "state.pth: is a checkpoint of this program already; give it as --weights",
+    )
+    state = foreign(network)
+    state["model.0.conv.weight"][0, 0, 0, 0] = float("nan")
+    assert told(saved(tmp_path, state), spec) == (
+        "state.pth: 1 of its tensors hold numbers that are not finite, such as 'model.0.conv.weight'",
+    )
+
+
+# ---- a published detector
+
+SIZES = [(32, 64), (48, 32), (64, 64)]
+
+
+def test_an_image_in_the_corner_keeps_its_pixels_and_boxes():
+    pictures = [np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8) for seed, size in enumerate(SIZES)]
+    squares = [letterbox(picture, 64) for picture in pictures]
+    images = torch.stack([torch.from_numpy(square).permute(2, 0, 1) for square, _ in squares])
+    boxes = [box.to_network(np.array([[1, 2, 20, 10]], np.float32)) for _, box in squares]
+    targets = Targets(torch.from_numpy(np.concatenate(boxes)), torch.zeros(3), torch.arange(3))
+    moved = in_corner(Batch(images, targets, tuple(box for _, box in squares), (0, 1, 2)))
+    for index, (square, box) in enumerate(squares):
+        height, width = 64 - 2 * box.pad_y, 64 - 2 * box.pad_x
+        inside = torch.from_numpy(square[box.pad_y :, box.pad_x :][:height, :width]).permute(2, 0, 1)
+        assert torch.equal(moved.images[index, :, :height, :width], inside)
+        assert (moved.images[index, :, height:] == 114).all() and (moved.images[index, :, :, width:] == 114).all()
+        original = moved.letterboxes[index].to_original(moved.targets.boxes[index].numpy())
+        assert original == pytest.approx(np.array([1, 2, 20, 10]), abs=1e-4)
+
+
+def test_a_published_detector_is_as_good_here(shared_data):
+    """yolov5n on the first 16 of 128 images; on all of them AP50 is .542, as published (`bench/import_ap.py`)."""
+    spec = parse(ROOT / "cfg" / "models" / "yolov5n.yaml")
+    data = read_data_spec(shared_data / "coco256" / "data.yaml")
+    network, notes = import_weights(shared_data / "weights" / "yolov5n_state_dict_fp16.pth", spec, data.names)
+    assert notes == ()
+    samples = read_split(data, "val").samples[:16]
+    metrics = evaluate(network, DetectionSet(samples, 640), names=data.names, corner=True, progress=False)
+    assert (metrics.ap, metrics.ap50) == (pytest.approx(0.402, abs=0.005), pytest.approx(0.574, abs=0.005))

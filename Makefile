@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each first makes the environment that it needs.
 
 VENV    ?= .venv
-EXTRAS  ?= dev,fast
+EXTRAS  ?= dev,fast,export
 WORKERS ?= 2
 PYTHON  ?=
 

@@ -1,0 +1,438 @@
+"""A detector as one file that runs without this program: ONNX, or a program of torch.export.
+
+What is written is loaded again, held against the network it was made from, and timed. A file that does not give the
+same detections is not left behind. To run one needs torch or onnxruntime and nothing else::
+
+    boxes, scores = torch.export.load("best.pt2").module()(images)
+    boxes, scores = onnxruntime.InferenceSession("best.onnx").run(None, {"images": images})
+
+Shape letters: N images, M boxes before suppression, K candidates, D detections at most, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.augment import letterbox
+from data.images import SUFFIXES, read_image
+from data.shapes import draw_image
+from data.structures import Detections, Fault
+from engine.doors import door, option_parser, parse_options
+from engine.evaluate import check_imgsz, check_thresholds
+from engine.nms import nms, pairwise_iou
+from engine.runs import atomically
+from engine.sources import find_files
+from models.checkpoint import Checkpoint, load_checkpoint, restore
+from models.cost import count_params
+from models.fuse import fuse
+from models.network import Network
+
+ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # of the extra `export`
+OPSET = 18  # the version that torch's exporter is written for
+CANDIDATES = 1024  # boxes an image that suppression inside the file looks at
+BATCHES = (1, 3)  # of the check; the file takes any
+TOLERANCE = 1e-4  # largest difference of numbers, as a share of the largest number
+SAME_IOU, SAME_SCORE = 0.99, 1e-3  # of two detections that are one
+LOOKED_AT = (30, 200)  # boxes an image that the check compares, at least and at most
+MOST_SECONDS = 20.0  # of measuring how long an image takes
+
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """What NMS inside an exported file goes by."""
+
+    conf: float
+    iou: float
+    max_det: int
+
+
+class Exported(nn.Module):
+    """What a file computes of images ``[N, 3, S, S]``: RGB in 0 to 1, letterboxed as everywhere in this program.
+
+    Without suppression boxes ``[N, M, 4]`` xyxy in pixels of the input and scores ``[N, M, C]``. With it boxes
+    ``[N, D, 4]``, scores ``[N, D]``, labels ``[N, D]`` and how many there are ``[N]``, best first, the rest zeros.
+    """
+
+    conf: Tensor
+    iou: Tensor
+
+    def __init__(self, network: Network, suppression: Suppression | None) -> None:
+        super().__init__()
+        self.network = network
+        self.max_det = suppression.max_det if suppression else 0
+        if suppression:  # buffers, so that the check can ask a loaded file for less certain boxes
+            self.register_buffer("conf", torch.tensor(suppression.conf))
+            self.register_buffer("iou", torch.tensor(suppression.iou))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        boxes_NM4, scores_NMC = self.network.predict(images)
+        return self.suppress(boxes_NM4, scores_NMC) if self.max_det else (boxes_NM4, scores_NMC)
+
+    def suppress(self, boxes_NM4: Tensor, scores_NMC: Tensor) -> tuple[Tensor, ...]:
+        """`engine.nms` with one class a box, in steps whose sizes do not depend on what is in the images.
+
+        A box stays if no box that stays, is better, and has its label overlaps it by more than ``iou``. That is asked
+        of all boxes at once until nothing changes: the answer for the best n boxes is final after n rounds, in
+        practice all are after a few.
+        """
+        scores_NM, labels_NM = scores_NMC.max(dim=-1)
+        has_area_NM = (boxes_NM4[..., 2:] > boxes_NM4[..., :2]).all(dim=-1)
+        candidates = min(CANDIDATES, scores_NM.shape[1])
+        scores_NK, chosen_NK = torch.where(has_area_NM, scores_NM, 0.0).topk(candidates)
+        boxes_NK4, labels_NK = _take(boxes_NM4, chosen_NK), labels_NM.gather(1, chosen_NK)
+
+        alike_NKK = (labels_NK[:, :, None] == labels_NK[:, None]).triu(diagonal=1)
+        pushes_NKK = (alike_NKK & _overlapping(boxes_NK4, self.iou)).float()
+        asked_NK = scores_NK > self.conf
+
+        def changes(keep_NK: Tensor, before_NK: Tensor) -> Tensor:
+            return (keep_NK != before_NK).any()
+
+        def settle(keep_NK: Tensor, before_NK: Tensor) -> tuple[Tensor, Tensor]:
+            pushed_NK = torch.einsum("nk,nkj->nj", keep_NK.float(), pushes_NKK) > 0
+            return asked_NK & ~pushed_NK, keep_NK.clone()
+
+        keep_NK, _ = torch.while_loop(changes, settle, (asked_NK.clone(), torch.zeros_like(asked_NK)))
+        detections = min(self.max_det, candidates)
+        scores_ND, best_ND = torch.where(keep_NK, scores_NK, 0.0).topk(detections)
+        there_ND = scores_ND > 0
+        boxes_ND4 = torch.where(there_ND[..., None], _take(boxes_NK4, best_ND), 0.0)
+        labels_ND = torch.where(there_ND, labels_NK.gather(1, best_ND), 0)
+        return boxes_ND4, scores_ND, labels_ND, there_ND.sum(dim=1)
+
+
+def _overlapping(boxes_NK4: Tensor, iou: Tensor) -> Tensor:
+    """``[N, K, K]``: whether two boxes of an image overlap by more than ``iou``."""
+    x1, y1, x2, y2 = boxes_NK4.unbind(dim=-1)
+    width = torch.minimum(x2[:, :, None], x2[:, None]) - torch.maximum(x1[:, :, None], x1[:, None])
+    height = torch.minimum(y2[:, :, None], y2[:, None]) - torch.maximum(y1[:, :, None], y1[:, None])
+    both = width.clamp(min=0) * height.clamp(min=0)
+    share = (x2 - x1) * (y2 - y1) * (iou / (1 + iou))  # both / (a + b - both) > iou, solved for both
+    return both > share[:, :, None] + share[:, None]
+
+
+def _take(boxes: Tensor, index: Tensor) -> Tensor:
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4))
+
+
+OUTPUTS = {False: ("boxes", "scores"), True: ("boxes", "scores", "labels", "count")}
+
+
+# ---- writing and running a file
+
+
+def write_file(path: Path, kind: str, exported: Exported, example: Tensor, about: Mapping[str, str]) -> None:
+    """The module as a file of that kind for any number of images like the example; ``about`` travels in it by name."""
+    assert len(example) > 1, "a batch of 1 would be taken for the only one"
+    batch = torch.export.Dim("batch")
+    names = OUTPUTS[exported.max_det > 0]
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
+        program.example_inputs = None  # it would be stored, and it says nothing
+        if kind == "torch":
+            torch.export.save(program, path, extra_files=dict(about))
+            return
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=list(names),
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+        assert onnx_program is not None
+        onnx_program.model.metadata_props.update(about)
+        onnx_program.save(path, external_data=False)
+
+
+def read_file(path: Path, kind: str, conf: float | None = None) -> Run:
+    """The written file as a function of images. ``conf`` replaces the threshold of its suppression, in memory only."""
+    if kind == "torch":
+        module = torch.export.load(path).module()
+        if conf is not None:
+            dict(module.named_buffers())["conf"].fill_(conf)
+        return lambda images: tuple(module(images))
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = str(path) if conf is None else _with_threshold(path, conf)
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: tuple(torch.from_numpy(y) for y in session.run(None, {"images": images.numpy()}))
+
+
+def _with_threshold(path: Path, conf: float) -> bytes:
+    import onnx
+
+    model = onnx.load(path)
+    for constant in model.graph.initializer:
+        if constant.name == "conf":
+            constant.CopyFrom(onnx.numpy_helper.from_array(np.array(conf, np.float32), "conf"))
+    return model.SerializeToString()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn of packages that are absent and of their own old parts: nothing a user could change."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ---- is it the same detector?
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near a file is to its network: worst differences as a share of the largest number, and matched detections."""
+
+    boxes: float
+    scores: float
+    detections: int
+
+    def line(self) -> str:
+        compared = f"{self.detections} detections matched one to one"
+        return f"parity: boxes {self.boxes:.1e}, scores {self.scores:.1e} of their largest; {compared}"
+
+
+def check_parity(
+    network: Network, read: Callable[[float | None], Run], images: Tensor, asked: Suppression, *, inside: bool
+) -> Parity:
+    """Hold a written file against the network, in batches of 1 and 3. Raises a `Fault` where they differ.
+
+    ``read(conf)`` gives the file as a function, with another threshold where one is given; ``inside`` says that it
+    suppresses by itself, as ``asked``. Detections of both are compared twice: those asked for, and, where these are
+    few, the best of each image at a threshold low enough to find some.
+    """
+    low = _threshold(network, images)
+    boxes, scores, matched = 0.0, 0.0, 0
+    for conf in sorted({asked.conf, min(asked.conf, low)}):
+        run = read(conf if inside and conf != asked.conf else None)
+        for batch in BATCHES:
+            with torch.no_grad():
+                wanted, found = network.predict(images[:batch]), run(images[:batch])
+            if not inside:
+                boxes = max(boxes, _difference("boxes", wanted[0], found[0]))
+                scores = max(scores, _difference("scores", wanted[1], found[1]))
+            for index in range(batch):
+                mine = _suppressed(wanted[0][index], wanted[1][index], asked, conf)
+                if inside:
+                    count = int(found[3][index])
+                    other = Detections(*(y[index, :count] for y in found[:3]))
+                else:
+                    other = _suppressed(found[0][index], found[1][index], asked, conf)
+                here, there = _matched(mine, other, max(conf, low), asked.max_det)
+                boxes = max(boxes, _difference("boxes", mine.boxes[here], other.boxes[there]))
+                scores = max(scores, _difference("scores", mine.scores[here], other.scores[there]))
+                matched += len(here)
+    return Parity(boxes, scores, matched)
+
+
+def _difference(what: str, wanted: Tensor, found: Tensor) -> float:
+    """The largest difference as a share of the largest number. Raises a `Fault` where that is more than allowed."""
+    if wanted.shape != found.shape:
+        raise Fault(f"not the same: {what} are {list(found.shape)}, not {list(wanted.shape)}")
+    if not wanted.numel():
+        return 0.0
+    difference = float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    if not difference < TOLERANCE:  # also where it is nan
+        raise Fault(f"not the same: {what} differ by {difference:.1e} of the largest, {TOLERANCE:.0e} is allowed")
+    return difference
+
+
+def _threshold(network: Network, images: Tensor) -> float:
+    """A score that no box is near to, with a few dozen boxes an image above it."""
+    with torch.no_grad():
+        _, scores = network.predict(images)
+    best = scores.amax(dim=-1).flatten().sort(descending=True).values
+    first, last = (min(count * len(images), len(best) - 1) for count in LOOKED_AT)
+    ranked = best[first : last + 1]
+    if len(ranked) < 2:
+        return 0.0
+    widest = int((ranked[:-1] - ranked[1:]).argmax())
+    return float((ranked[widest] + ranked[widest + 1]) / 2)
+
+
+def _suppressed(boxes: Tensor, scores: Tensor, asked: Suppression, conf: float) -> Detections:
+    return nms(boxes, scores, conf=conf, iou=asked.iou, max_det=asked.max_det, multi_label=False, top_k=CANDIDATES)
+
+
+def _matched(wanted: Detections, found: Detections, above: float, max_det: int) -> tuple[list[int], list[int]]:
+    """Indices of detections that are one, of both in the same order. Raises a `Fault` for any without a partner.
+
+    Scores at the threshold, or at the last place of a full list, may fall to either side: they need no partner.
+    """
+    if len(wanted) == max_det:
+        above = max(above, float(wanted.scores[-1]))
+    same = pairwise_iou(wanted.boxes, found.boxes) > SAME_IOU
+    same &= wanted.labels[:, None] == found.labels
+    same &= (wanted.scores[:, None] - found.scores).abs() < SAME_SCORE
+    here: list[int] = []
+    there: list[int] = []
+    left, alone = list(range(len(found))), []
+    for index in range(len(wanted)):
+        partner = next((other for other in left if same[index, other]), None)
+        if partner is not None:
+            here.append(index)
+            there.append(partner)
+            left.remove(partner)
+        elif wanted.scores[index] > above + TOLERANCE:
+            alone.append(index)
+    surplus = [index for index in left if found.scores[index] > above + TOLERANCE]
+    if alone or surplus:
+        raise Fault(
+            f"not the same: {len(alone)} of {len(wanted)} detections are missing, {len(surplus)} of {len(found)} new"
+        )
+    return here, there
+
+
+def check_images(source: str | None, imgsz: int) -> Tensor:
+    """The images of the check ``[3, 3, imgsz, imgsz]`` in 0 to 1: of ``source``, or drawn ones."""
+    if source is None:
+        pictures = [draw_image(imgsz, np.random.default_rng(seed))[0] for seed in range(max(BATCHES))]
+    else:
+        files = [path for path in find_files(source)[0] if path.suffix.lower() in SUFFIXES]
+        if not files:
+            raise Fault(f"--source {source}: no image in it")
+        pictures = [read_image(files[index % len(files)]) for index in range(max(BATCHES))]
+    squares = np.stack([letterbox(picture, imgsz)[0] for picture in pictures])
+    return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+# ---- how long does it take?
+
+
+@torch.no_grad()
+def interleaved_ms(runs: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 2) -> dict[str, float]:
+    """Median milliseconds of each run. They take turns in a fresh order, so that a slow spell hits all alike.
+
+    After 20 seconds and three rounds it is enough.
+    """
+    rng = np.random.default_rng(0)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    for turn in tqdm(range(warmup + rounds), "latency", unit="round", leave=False, delay=2):
+        for name in rng.permutation(list(runs)):
+            began = time.perf_counter()
+            runs[name]()
+            if turn >= warmup:
+                times[name].append(1000 * (time.perf_counter() - began))
+        if turn >= warmup + 2 and time.perf_counter() - start > MOST_SECONDS:
+            break
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
+def latency_line(networks: Mapping[str, Network], run: Run, name: str, imgsz: int, inside: Suppression | None) -> str:
+    """``latency: torch 45.1, torch fused 41.0, onnxruntime 30.2 ms``; suppression counts where the file has it."""
+    image = torch.zeros(1, 3, imgsz, imgsz)
+
+    def detect(network: Network) -> None:
+        boxes, scores = network.predict(image)
+        if inside:
+            _suppressed(boxes[0], scores[0], inside, inside.conf)
+
+    runs: dict[str, Callable[[], object]] = {label: partial(detect, network) for label, network in networks.items()}
+    times = interleaved_ms(runs | {name: lambda: run(image)})
+    shown = ", ".join(f"{label} {ms:.1f}" for label, ms in times.items())
+    return f"latency: {shown} ms (one image of {imgsz} px, medians, {torch.get_num_threads()} threads)"
+
+
+# ---- export.py
+
+
+def described(checkpoint: Checkpoint, imgsz: int, network: Network, suppression: Suppression | None) -> dict[str, str]:
+    """What a user of the file needs to know beside the tensors, each as text (JSON where it is more than a word)."""
+    about = {
+        "names": json.dumps(list(checkpoint.names)),
+        "imgsz": str(imgsz),
+        "strides": json.dumps(list(getattr(network.head, "strides", ()))),
+        "input": "images [batch, 3, imgsz, imgsz], RGB from 0 to 1, scaled to fit and centred on grey 114 / 255",
+        "boxes": "x1 y1 x2 y2 in pixels of the input",
+        "yaml": checkpoint.yaml,
+    }
+    if suppression:
+        about["nms"] = json.dumps({**vars(suppression), "candidates": CANDIDATES})
+    return about
+
+
+def export(
+    weights: Path, kind: str, out: Path, *, imgsz: int | None, asked: Suppression, inside: bool, source: str | None
+) -> Iterator[str]:
+    """Write, check and time a file; yields a line for each. Raises a `Fault`, and leaves no file, where it differs."""
+    checkpoint = load_checkpoint(weights)
+    network = restore(checkpoint)
+    side = check_imgsz(imgsz or checkpoint.imgsz, network.max_stride)
+    images = check_images(source, side)
+    suppression = asked if inside else None
+    fused = fuse(network)
+    about = described(checkpoint, side, network, suppression)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomically(out) as temporary:
+        write_file(temporary, kind, Exported(fused, suppression), images, about)
+        read = cache(partial(read_file, temporary, kind))
+        try:
+            parity = check_parity(network, read, images, asked, inside=inside)
+        except Fault as fault:
+            raise Fault(*(f"{out}: was not written: {line}" for line in fault.lines)) from None
+        run = read(None)
+    shapes = f"[batch, 3, {side}, {side}] -> {', '.join(OUTPUTS[inside])}"
+    yield f"{out}: {shapes}; {count_params(fused):,} of {count_params(network):,} parameters, the rest is folded"
+    yield parity.line()
+    timed = {"torch": network, "torch fused": fused}
+    yield latency_line(timed, run, "onnxruntime" if kind == "onnx" else "torch.export", side, suppression)
+
+
+@door
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = option_parser("Writes a trained detector as a file that runs without this program, and checks it.")
+    parser.add_argument("--weights", required=True, help="a checkpoint (.pt) that train.py wrote")
+    parser.add_argument("--format", required=True, choices=list(ENDINGS), help="onnx, or torch for torch.export (.pt2)")
+    parser.add_argument("-o", "--out", help="the file to write; default: beside the weights, with the format's ending")
+    parser.add_argument("--imgsz", type=int, help="pixels; default: what the network was trained with")
+    parser.add_argument("--nms", action="store_true", help="the file suppresses by itself and gives detections")
+    parser.add_argument("--conf-thres", type=float, default=0.25, help="NMS: scores above this count")
+    parser.add_argument("--iou-thres", type=float, default=0.45, help="NMS: boxes that overlap more are one object")
+    parser.add_argument("--max-det", type=int, default=300, help="NMS: detections an image at most")
+    parser.add_argument("--source", help="images for the check, a folder or a glob in quotes; default: drawn ones")
+    options = parse_options(parser, argv)
+    check_thresholds(options.conf_thres, options.iou_thres, options.max_det)
+    weights, ending = Path(options.weights), ENDINGS[options.format]
+    out = Path(options.out) if options.out else weights.with_suffix(ending)
+    if out.suffix != ending:
+        raise Fault(f"-o {out}: a file of --format {options.format} ends in {ending}: {out.with_suffix(ending)}")
+    absent = [package for package in PACKAGES if options.format == "onnx" and find_spec(package) is None]
+    if absent:
+        raise Fault(f"--format onnx needs {', '.join(absent)}, not installed here: pip install -e '.[export]'")
+    asked = Suppression(options.conf_thres, options.iou_thres, options.max_det)
+    for line in export(
+        weights, options.format, out, imgsz=options.imgsz, asked=asked, inside=options.nms, source=options.source
+    ):
+        print(line)
+    return 0

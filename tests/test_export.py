@@ -1,0 +1,332 @@
+"""Exported files: they run without this program, find what the network finds, and none is left that does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_ops import scramble
+from torch import Tensor, nn
+
+from data.images import read_image
+from data.shapes import draw_image
+from data.structures import Detections, Fault
+from engine import export
+from engine.draw import write_image
+from engine.export import (
+    CANDIDATES,
+    OUTPUTS,
+    Exported,
+    Suppression,
+    _matched,
+    check_images,
+    check_parity,
+    interleaved_ms,
+    main,
+    read_file,
+    write_file,
+)
+from engine.nms import nms
+from models.checkpoint import save_checkpoint
+from models.cost import count_params
+from models.fuse import fuse
+from models.network import Network, build
+from models.parse import parse_text
+
+TEXT = """
+nc: 3
+activation: mish
+anchors: [[10, 13, 16, 30], [30, 61, 62, 45]]
+backbone:
+  - [-1, 1, Conv, [8, 3, 4]]
+  - [-1, 1, BottleneckCSP, [12]]
+head:
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [[1, 2], 1, Detect, [nc, anchors]]
+"""
+NAMES = ["red", "green", "blue"]
+SIZE = 64
+ASKED = Suppression(0.25, 0.45, 40)
+KINDS = ["torch", "onnx"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    missing = [package for package in export.PACKAGES if find_spec(package) is None]
+    if request.param == "onnx" and missing:
+        pytest.skip(f"{request.node.nodeid}: not installed: {', '.join(missing)} (the extra `export`)")
+    return request.param
+
+
+def a_network(seed: int = 0) -> Network:
+    """A plain network whose norms look trained and whose scores are spread from 0 to 1."""
+    torch.manual_seed(seed)
+    network = build(parse_text(TEXT)).eval()
+    scramble(network)
+    for layer in network.head.m:
+        layer.weight.data.normal_(0, 0.05)
+        layer.bias.data.normal_(0, 0.7)
+    return network
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "best.pt", a_network(), NAMES, imgsz=SIZE)
+    return tmp_path / "best.pt"
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *options: object) -> tuple[int, str, str]:
+    code = main([str(option) for option in options])
+    said = capsys.readouterr()
+    return code, said.out, "".join(line for line in said.err.splitlines(keepends=True) if "latency:" not in line)
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["plain", "nms"])
+def test_a_file_finds_what_the_network_finds(kind, inside, weights, capsys):
+    options = ["--nms", "--conf-thres", 0.3, "--max-det", 20] if inside else []
+    code, said, errors = outcome(capsys, "--weights", weights, "--format", kind, *options)
+    out = weights.with_suffix(export.ENDINGS[kind])
+    assert (code, errors) == (0, "") and sorted(weights.parent.iterdir()) == sorted([weights, out])
+    wrote, parity, latency = said.splitlines()
+    gives = "boxes, scores, labels, count" if inside else "boxes, scores"
+    kept, all_of = count_params(fuse(a_network())), count_params(a_network())
+    assert wrote == f"{out}: [batch, 3, 64, 64] -> {gives}; {kept:,} of {all_of:,} parameters, the rest is folded"
+    assert parity.startswith("parity: boxes ") and int(parity.split()[-6]) > 10
+    assert latency.startswith("latency: torch ") and "torch fused " in latency
+
+    images, network, run = check_images(None, SIZE).repeat(2, 1, 1, 1)[:5], a_network(), read_file(out, kind)
+    for batch in (1, 2, 5):
+        with torch.no_grad():
+            boxes, scores = network.predict(images[:batch])
+        found = run(images[:batch])
+        if not inside:
+            torch.testing.assert_close(found[0], boxes, rtol=0, atol=1e-3)
+            torch.testing.assert_close(found[1], scores, rtol=0, atol=1e-5)
+            continue
+        for index in range(batch):
+            wanted = nms(boxes[index], scores[index], conf=0.3, iou=0.45, max_det=20, multi_label=False)
+            count = int(found[3][index])
+            assert count == len(wanted) and (found[1][index, count:] == 0).all()
+            torch.testing.assert_close(found[0][index, :count], wanted.boxes, rtol=0, atol=1e-3)
+            torch.testing.assert_close(found[1][index, :count], wanted.scores, rtol=0, atol=1e-5)
+            assert found[2][index, :count].tolist() == wanted.labels.tolist()
+    if kind == "torch" and not inside:
+        return  # the other file is looked at from outside
+    about = torch_says(out) if kind == "torch" else onnx_says(out, OUTPUTS[inside])
+    assert json.loads(about["names"]) == NAMES and about["imgsz"] == "64" and json.loads(about["strides"]) == [4, 8]
+    assert count_params(build(parse_text(about["yaml"]))) == all_of
+    wanted = {"conf": 0.3, "iou": 0.45, "max_det": 20, "candidates": CANDIDATES}
+    assert json.loads(about.get("nms") or "{}") == (wanted if inside else {})
+
+
+def torch_says(path: Path) -> dict[str, str]:
+    """What travels in the file, read by a process that knows nothing of this program."""
+    script = (
+        "import json, sys, torch\n"
+        "about = dict.fromkeys(json.loads(sys.argv[2]), '')\n"
+        "outputs = torch.export.load(sys.argv[1], extra_files=about).module()(torch.rand(4, 3, 64, 64))\n"
+        "assert not {'models', 'engine', 'data'} & set(sys.modules)\n"
+        "print(json.dumps([about, [list(y.shape) for y in outputs]]))\n"
+    )
+    keys = json.dumps(["names", "imgsz", "strides", "yaml", "nms"])
+    run = subprocess.run([sys.executable, "-I", "-c", script, path, keys], cwd=path.parent, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+    about, shapes = json.loads(run.stdout)
+    assert shapes == [[4, 20, 4], [4, 20], [4, 20], [4]]
+    return about
+
+
+def onnx_says(path: Path, outputs: Sequence[str]) -> dict[str, str]:
+    import onnx
+
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    (images,) = model.graph.input
+    assert [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim] == ["batch", 3, 64, 64]
+    assert [y.name for y in model.graph.output] == list(outputs) and model.opset_import[0].version == export.OPSET
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+# ---- suppression inside the file
+
+
+class Given(nn.Module):
+    """Stands for a network: boxes, and scores of three classes, are what the "images" ``[N, 7, M, 1]`` say."""
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        y = images[..., 0].transpose(1, 2)
+        return y[..., :4], y[..., 4:]
+
+
+def test_suppression_inside_is_that_outside(tmp_path):
+    """On crowds, chains of boxes that each overlap the next, boxes without area, and nothing at all."""
+    rng = np.random.default_rng(0)
+
+    def crowd(count: int, spread: float) -> Tensor:
+        centre, half = rng.uniform(50, 50 + spread, (count, 2)), rng.uniform(5, 30, (count, 2))
+        return torch.from_numpy(np.concatenate([centre - half, centre + half, rng.uniform(0, 1, (count, 3))], axis=1))
+
+    chain = torch.tensor([[float(x), 0, x + 20, 20, 1 - x / 2000, 0, 0] for x in range(0, 1500, 5)])
+    flat = crowd(300, 100)
+    flat[::2, 2] = flat[::2, 0]
+    cases = [crowd(300, 20), crowd(300, 100), crowd(300, 1000), chain, flat, torch.zeros(300, 7)]
+    batch = torch.stack([case.float() for case in cases]).transpose(1, 2)[..., None].contiguous()
+    exported = Exported(Given(), Suppression(0.3, 0.5, 50))  # type: ignore[arg-type]
+    write_file(tmp_path / "a.pt2", "torch", exported.eval(), torch.zeros(2, 7, 300, 1), {})
+    boxes, scores, labels, count = read_file(tmp_path / "a.pt2", "torch")(batch)
+    for index, case in enumerate(cases):
+        wanted = nms(case[:, :4], case[:, 4:], conf=0.3, iou=0.5, max_det=50, multi_label=False)
+        kept = int(count[index])
+        assert kept == len(wanted)
+        torch.testing.assert_close(boxes[index, :kept], wanted.boxes, rtol=0, atol=0)
+        torch.testing.assert_close(scores[index, :kept], wanted.scores, rtol=0, atol=0)
+        assert labels[index, :kept].tolist() == wanted.labels.tolist()
+    assert count[-1] == 0 and count[0] > 5 and count[3] == 50
+
+
+# ---- the check
+
+
+def reading(network: Network) -> Callable[..., export.Run]:
+    """`read_file` of a file that holds this network, whatever was written."""
+
+    def read(path: Path, kind: str, conf: float | None = None) -> export.Run:
+        return lambda images: network.predict(images)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda network: network.head.m[0].bias.data.add_(0.01), "boxes differ by "),
+        (lambda network: network.head.m[0].bias.data[4:8].add_(0.01), "scores differ by "),
+        (lambda network: network.head.anchors.mul_(1.001), "boxes differ by "),
+        (lambda network: network.head.m[1].bias.data.fill_(torch.nan), "boxes differ by nan"),
+    ],
+)
+def test_a_file_that_is_not_the_network_is_told_and_not_left_behind(change, told, weights, capsys, monkeypatch):
+    other = a_network()
+    change(other)
+    monkeypatch.setattr(export, "write_file", lambda path, *_: path.write_bytes(b"the new one"))
+    monkeypatch.setattr(export, "read_file", reading(other))
+    out = weights.with_suffix(".pt2")
+    out.write_bytes(b"an older one")
+    code, said, errors = outcome(capsys, "--weights", weights, "--format", "torch")
+    assert (code, said, len(errors.splitlines())) == (2, "", 1)
+    assert errors.startswith(f"{out}: was not written: not the same: ") and told in errors
+    assert sorted(weights.parent.iterdir()) == sorted([weights, out]) and out.read_bytes() == b"an older one"
+
+
+def test_another_threshold_inside_is_told(weights, capsys, monkeypatch):
+    """The file suppresses at IoU .9: it gives boxes that should be gone."""
+
+    def read(path: Path, kind: str, conf: float | None = None) -> export.Run:
+        def run(images: Tensor) -> tuple[Tensor, ...]:
+            (boxes, scores), network_conf = a_network().predict(images), 0.25 if conf is None else conf
+            found = [
+                nms(b, s, conf=network_conf, iou=0.9, max_det=300, multi_label=False)
+                for b, s in zip(boxes, scores, strict=True)
+            ]
+            lists = ([f.boxes for f in found], [f.scores for f in found], [f.labels for f in found])
+            return *(nn.utils.rnn.pad_sequence(y, batch_first=True) for y in lists), torch.tensor(list(map(len, found)))
+
+        return torch.no_grad()(run)
+
+    monkeypatch.setattr(export, "write_file", lambda path, *_: None)
+    monkeypatch.setattr(export, "read_file", read)
+    code, _, errors = outcome(capsys, "--weights", weights, "--format", "torch", "--nms")
+    assert code == 2 and "not the same: 0 of " in errors
+
+
+def detections(*rows: tuple[float, ...]) -> Detections:
+    y = torch.tensor(rows).reshape(-1, 6)
+    return Detections(y[:, :4], y[:, 4], y[:, 5].long())
+
+
+def test_detections_are_matched_one_to_one():
+    one, two = (0.0, 0.0, 100.0, 100.0, 0.9, 1.0), (50.0, 0.0, 90.0, 100.0, 0.5, 0.0)
+    near = (0.1, 0.0, 100.0, 100.0, 0.8995, 1.0)
+    wanted = detections(one, two)
+    assert _matched(wanted, detections(two, near), 0.25, 300) == ([0, 1], [1, 0])
+    for found in (
+        detections(one),
+        detections(one, two, near),
+        detections(one, (*two[:5], 1.0)),  # another label
+        detections(one, (*two[:4], 0.502, 0.0)),  # another score
+        detections(one, (*two[:2], 89.0, 100.0, 0.5, 0.0)),  # another box
+        detections(),
+    ):
+        with pytest.raises(Fault, match="not the same"):
+            _matched(wanted, found, 0.25, 300)
+    # at the threshold, and at the end of a full list, rounding decides
+    assert _matched(wanted, detections(one), 0.5, 300) == ([0], [0])
+    assert _matched(wanted, detections(one, (0.0, 0.0, 9.0, 9.0, 0.5, 0.0)), 0.25, 2) == ([0], [0])
+    assert _matched(detections(), detections(), 0.25, 300) == ([], [])
+
+
+def test_a_network_that_sees_nothing_is_checked_all_the_same():
+    """No score reaches what is asked for: the check looks lower by itself."""
+    network = a_network()
+    for layer in network.head.m:
+        layer.bias.data.view(2, -1)[:, 4] -= 6
+    images, asked = check_images(None, SIZE), Suppression(0.9, 0.45, 300)
+
+    def read(conf: float | None) -> export.Run:
+        return lambda images: network.predict(images)
+
+    assert check_parity(network, read, images, asked, inside=False).detections > 20
+
+
+# ---- the door
+
+
+def test_what_cannot_be_exported_is_told_in_one_line(weights, tmp_path, capsys, monkeypatch):
+    def told(*options: object) -> str:
+        code, said, errors = outcome(capsys, "--weights", weights, *options)
+        assert (code, said) == (2, "")
+        return errors.strip()
+
+    assert told("--format", "torch", "--imgsz", 60) == (
+        "--imgsz 60: this network needs a multiple of 8; 56 or 64 would do"
+    )
+    assert told("--format", "torch", "-o", tmp_path / "a.onnx") == (
+        f"-o {tmp_path}/a.onnx: a file of --format torch ends in .pt2: {tmp_path}/a.pt2"
+    )
+    assert told("--format", "torch", "--iou-thres", 2) == "--iou-thres 2.0: must be between 0 and 1"
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in told("--format", "torch", "--source", tmp_path / "empty")
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
+    assert told("--format", "onnx") == (
+        "--format onnx needs onnxscript, not installed here: pip install -e '.[export]'"
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["best.pt"]
+
+
+def test_the_check_takes_images_of_the_user(tmp_path):
+    picture = draw_image(48, np.random.default_rng(5))[0]
+    write_image(tmp_path / "a.png", picture)
+    (tmp_path / "note.txt").write_text("no image")
+    images = check_images(str(tmp_path), 48)
+    assert images.shape == (3, 3, 48, 48) and torch.equal(images[0], images[2])
+    assert torch.equal(
+        (images[0] * 255).round().byte(), torch.from_numpy(read_image(tmp_path / "a.png")).permute(2, 0, 1)
+    )
+
+
+def test_runs_are_timed_in_turns():
+    turns: list[str] = []
+    runs = {name: (lambda name=name: turns.append(name)) for name in ("a", "b")}
+    times = interleaved_ms(runs, rounds=5, warmup=1)
+    assert set(times) == {"a", "b"} and all(ms >= 0 for ms in times.values())
+    assert all(set(turns[i : i + 2]) == {"a", "b"} for i in range(0, 12, 2)) and len(turns) == 12

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,8 +160,22 @@ def write_file(path: Path, kind: str, exported: Exported, example: Tensor, about
             verbose=False,
         )
         assert onnx_program is not None
-        onnx_program.model.metadata_props.update(about)
-        onnx_program.save(path, external_data=False)
+        _write_onnx(path, onnx_program.model_proto, about)
+
+
+def _write_onnx(path: Path, model: Any, about: Mapping[str, str]) -> None:
+    import onnx
+
+    # onnxruntime makes one step of a Pad with zeros and the MaxPool behind it, which pads with minus infinity: wrong
+    # where a map is negative at its edge. It leaves a Pad alone that is not zero.
+    pooled = {node.input[0] for node in model.graph.node if node.op_type == "MaxPool"}
+    for node in model.graph.node:
+        if node.op_type == "Pad" and node.output[0] in pooled:
+            node.input[2:] = ["almost_zero"]
+    if any("almost_zero" in node.input for node in model.graph.node):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1e-30, np.float32), "almost_zero"))
+    onnx.helper.set_model_props(model, dict(about))
+    onnx.save(model, path)
 
 
 def read_file(path: Path, kind: str, conf: float | None = None) -> Run:

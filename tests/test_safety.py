@@ -326,20 +326,26 @@ BOMBS = {
     "documents": ("---\n" * 25_000, "a second document begins here"),
     "nothing": ("", "the file is empty"),
 }
-RUN = """
+RUN = '''
 import json, resource, sys, time
 from pathlib import Path
 from data.structures import Fault
 from models.graph import load_graph
+def most():
+    # KiB at the peak of this program: getrusage also counts what the process was before its exec, so /proc goes first
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
     start = time.process_time()
     try:
         lines = [load_graph(path).spec.path]
     except Fault as fault:
         lines = list(fault.lines)
-    took, size = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"file": path.name, "lines": lines, "seconds": took, "KiB": size}))
-"""
+    took = time.process_time() - start
+    print(json.dumps({"file": path.name, "lines": lines, "seconds": took, "KiB": most()}))
+'''
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,38 @@ from engine.config import RunConfig
 class SearchConfig(RunConfig):
     """What `search.run.search` needs to know. What it shares with a training run is called as there."""
 
+    resume: Path | None = Field(default=None, description="folder of a search to go on with")
     supernet: Literal["shared", "independent"] = Field(
         default="shared", description="one set of weights, or a block an option"
     )
+    norms: Literal["act", "shared", "k_act"] = Field(
+        default="act",
+        description="batch norms of a shared supernet: one an activation, one for all, or one a kernel and activation",
+    )
+    gates: Literal["full", "two"] = Field(
+        default="full", description="options that run in a step of alphas: all, or two that are drawn (ProxylessNAS)"
+    )
+    objective: Literal["hinge", "proxyless", "fbnet"] = Field(
+        default="hinge", description="how a budget moves alphas: only above it, or by the formulas of those papers"
+    )
     budget: tuple[str, ...] = Field(default=(), description="macs=900M, params=2.5M or latency_ms=12; may be repeated")
+    runtime: Literal["torch", "onnxruntime"] = Field(default="torch", description="what latencies are measured with")
+    latency_table: Path | None = Field(
+        default=None, description="latency.json of an earlier search of this space on this device"
+    )
     project: Path = Field(default=Path("runs/search"), description="folder of the runs")
-    candidates: int = Field(default=24, ge=1, description="subnets judged, at most")
+    candidates: int = Field(default=24, ge=1, description="subnets whose AP is judged, at most")
     calibration: int = Field(default=128, ge=1, description="training images for a subnet's batch-norm statistics")
     arch_every: int = Field(default=5, ge=1, description="weight steps to one step of the architecture parameters")
     arch_warmup: float = Field(default=0.3, ge=0, lt=1, description="part of the search before alphas move")
     arch_lr: float | None = Field(
         default=None, gt=0, description="learning rate of alphas; default 1.5 / steps, 0.001 to 0.05"
+    )
+    tango: bool = Field(
+        default=False,
+        description="the reference system's settings and files, without its bugs; needs --supernet independent",
+    )
+    retrain: int = Field(default=0, ge=0, description="subnets of the front to train on at once, the best first")
+    retrain_epochs: int | None = Field(
+        default=None, ge=1, description="epochs of that; default as many as the search's"
     )

@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each first makes the environment that it needs.
 
 VENV    ?= .venv
-EXTRAS  ?= dev,fast,export
+EXTRAS  ?= dev,fast,export,search
 WORKERS ?= 2
 PYTHON  ?=
 
@@ -18,8 +18,9 @@ DEMO_DATA           := datasets/shapes
 DEMO_CFG            := cfg/models/tiny-search.yaml
 DEMO_IMGSZ          := 160
 DEMO_BUDGET         := macs=250M
-DEMO_SEARCH_EPOCHS  := 4
-DEMO_RETRAIN_EPOCHS := 13
+DEMO_SEARCH_EPOCHS  := 12
+DEMO_RETRAIN_EPOCHS := 7
+DEMO_CANDIDATES     := 10
 # Without strong augmentation: a run of minutes sees every image a few times only.
 DEMO_RECIPE         := --batch-size 8 --lr0 0.003 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 --hsv-h 0 --hsv-s 0 --hsv-v 0
 
@@ -63,14 +64,15 @@ lint: $(INSTALLED)  ## ruff and mypy
 demo: $(INSTALLED)  ## draw a data set, search, derive, retrain, detect
 	rm -rf $(DEMO)
 	$(PY) -m data shapes $(DEMO_DATA)
-	$(PY) search.py --cfg $(DEMO_CFG) --data $(DEMO_DATA)/data.yaml --supernet shared --budget $(DEMO_BUDGET) --candidates 12 \
-	    --epochs $(DEMO_SEARCH_EPOCHS) $(DEMO_RECIPE) --project $(DEMO) --name search
+	$(PY) search.py --cfg $(DEMO_CFG) --data $(DEMO_DATA)/data.yaml --supernet shared \
+	    --budget $(DEMO_BUDGET) --candidates $(DEMO_CANDIDATES) --epochs $(DEMO_SEARCH_EPOCHS) $(DEMO_RECIPE) --project $(DEMO) --name search
 	$(PY) train.py --cfg $(DEMO)/search/best.yaml --weights $(DEMO)/search/best.pt --data $(DEMO_DATA)/data.yaml \
 	    --epochs $(DEMO_RETRAIN_EPOCHS) $(DEMO_RECIPE) --noval --project $(DEMO) --name train
 	$(PY) detect.py --weights $(DEMO)/train/best.pt --source $(DEMO_DATA)/images/val --project $(DEMO) --name images
 	$(PY) detect.py --weights $(DEMO)/train/best.pt --source $(DEMO_DATA)/video.mp4 --project $(DEMO) --name video
 	$(PY) val.py --weights $(DEMO)/train/best.pt --data $(DEMO_DATA)/data.yaml
 	@echo
+	@echo "the search, as a page     $(DEMO)/search/report.html"
 	@echo "the front of subnets      $(DEMO)/search/front.png"
 	@echo "how the training went     $(DEMO)/train/results.png"
 	@echo "boxes on images           $(DEMO)/images/"

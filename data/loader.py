@@ -39,18 +39,25 @@ def batches(
     shuffle: bool = False,
     workers: int = 0,
     drop_last: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Batches:
     """One epoch of `dataset` in batches; the last may be smaller unless `drop_last`.
 
     Shuffled by (seed, epoch); augmented by (the dataset's seed, epoch). The number of workers changes nothing but
     the speed, and no global random state is read or moved. An unreadable image raises a `Fault` while iterating.
+
+    Of several processes, `rank` gets its share of every batch: every `world_size`-th image of it. Shares differ by one
+    image at most and none is empty: what is left at the end is a batch of its own only where it holds an image for
+    each process, else it joins the batch before it. `batch_size` and the number of images must be `world_size` or more.
     """
-    indices = np.arange(len(dataset))
-    if shuffle:
-        indices = np.random.default_rng((seed, epoch, ORDER)).permutation(indices)
-    lists = [chunk.tolist() for chunk in np.split(indices, range(batch_size, len(indices), batch_size)) if len(chunk)]
-    if drop_last and lists and len(lists[-1]) < batch_size:
-        lists.pop()
+    indices = order(len(dataset), epoch, seed) if shuffle else np.arange(len(dataset))
+    starts = range(batch_size, len(indices) - world_size + 1, batch_size)  # of the batches behind the first
+    whole = [chunk for chunk in np.split(indices, starts) if len(chunk)]
+    if drop_last and whole and len(whole[-1]) < batch_size:
+        whole.pop()
+    lists = [chunk[rank::world_size].tolist() for chunk in whole]
+    assert all(lists), f"{len(indices)} images in batches of {batch_size} leave one of {world_size} processes idle"
     if workers > 0:
         dataset.fill_cache()
     loader: DataLoader[Item] = DataLoader(
@@ -63,6 +70,25 @@ def batches(
         pin_memory=False,
     )
     return Batches(loader)
+
+
+def batch_at(
+    dataset: DetectionSet, batch_size: int, number: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+) -> Batch:
+    """Batch `number` (from 0) of an endless shuffled sequence, or the share of it that `rank` gets.
+
+    It follows from (seed, number): whoever goes on with the sequence needs to remember only where he was. The batches
+    are whole: each time round, the images that are left over wait for the next, in another order.
+    """
+    epoch, place = divmod(number, len(dataset) // batch_size)
+    chunk = order(len(dataset), epoch + 1, seed)[place * batch_size : (place + 1) * batch_size]
+    items = dataset.at_epoch(epoch + 1)
+    return collate([items[int(index)] for index in chunk[rank::world_size]])
+
+
+def order(count: int, epoch: int, seed: int) -> np.ndarray:
+    """The shuffled indices ``[count]`` of an epoch."""
+    return np.random.default_rng((seed, epoch, ORDER)).permutation(count)
 
 
 def collate(items: Sequence[Item]) -> Batch:

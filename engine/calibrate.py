@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @torch.no_grad()
@@ -20,34 +21,56 @@ def calibrate(network: nn.Module, images: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def calibrate_by(module: nn.Module, forward: Any, batches: Iterable[Any]) -> None:
-    """As `calibrate`, for the norms below `module` that `forward(batch)` runs through."""
-    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
-    sums: dict[nn.BatchNorm2d, tuple[float, Tensor, Tensor]] = {}
+def calibrate_by(
+    module: nn.Module,
+    forward: Callable[[Any], Any],
+    batches: Iterable[Any],
+    reduce: Callable[[Sequence[Tensor]], None] | None = None,
+) -> None:
+    """As `calibrate`, for the norms below `module` that ``forward(batch)`` runs through; others keep what they have.
 
-    def collect(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    It runs in float32, also inside an autocast. With several processes, `reduce` adds each of its tensors up over all
+    of them, in place: counts, sums and sums of squares, in float64, of every norm. The processes then agree, also on
+    norms that only some of them ran through.
+    """
+    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
+    sums: dict[_BatchNorm, Tensor] = {}  # [1 + 2 * channels]: number of values a channel, their sum, that of squares
+
+    def collect(norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         count = inputs[0].numel() / inputs[0].shape[1]
         assert norm.running_mean is not None and norm.running_var is not None
         mean = norm.running_mean.double()  # momentum 1: just this batch
         square = norm.running_var.double() * ((count - 1) / count) + mean**2
-        n, total_mean, total_square = sums.get(norm, (0.0, torch.zeros_like(mean), torch.zeros_like(mean)))
-        sums[norm] = (n + count, total_mean + count * mean, total_square + count * square)
+        total = torch.cat((mean.new_ones(1), mean, square)) * count
+        sums[norm] = sums[norm] + total if norm in sums else total
 
     hooks = [norm.register_forward_hook(collect) for norm in norms]
-    before = [(norm, norm.training, norm.momentum) for norm in norms]
+    before = [(norm, norm.training, norm.momentum, int(norm.num_batches_tracked or 0)) for norm in norms]
+    place = next(module.buffers(), torch.empty(0)).device.type
     try:
         for norm in norms:
             norm.training, norm.momentum = True, 1.0
-        for batch in batches:
-            forward(batch)
+        with torch.autocast(place, enabled=False):
+            for batch in batches:
+                forward(batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for norm, training, momentum in before:
+        for norm, training, momentum, tracked in before:
             norm.training, norm.momentum = training, momentum
-    for norm, (n, total_mean, total_square) in sums.items():
-        mean = total_mean / n
-        variance = (total_square / n - mean**2).clamp(min=0)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.fill_(tracked)  # of training, as it was
+    if reduce is not None:
+        for norm in norms:
+            assert norm.running_mean is not None
+            sums.setdefault(norm, norm.running_mean.new_zeros(1 + 2 * len(norm.running_mean), dtype=torch.float64))
+        reduce([sums[norm] for norm in norms])
+    for norm, total in sums.items():
+        n = float(total[0])
+        if n == 0:
+            continue
+        mean, square = (total[1:] / n).chunk(2)
+        variance = (square - mean**2).clamp(min=0)
         assert norm.running_mean is not None and norm.running_var is not None
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance * (n / max(n - 1, 1)))  # torch keeps the unbiased one

@@ -1,4 +1,4 @@
-"""Every option of a training run, checked: a frozen model whose fields are the options of ``train.py``."""
+"""Every option of a run, checked: a frozen model whose fields are the options of a door. How a run is reopened."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.structures import Fault, nearest
 from engine.runs import atomically
+from models.checkpoint import Checkpoint, load_checkpoint
 
+MOVABLE = {"resume", "data", "device", "workers"}  # options that a resumed run may change: they say where, not what
 SPELLINGS = {"imgsz": ("--img", "--img-size"), "batch_size": ("--batch",)}  # that yolov5 knows too
 
 
@@ -145,8 +147,11 @@ def _metavar(annotation: Any) -> str:
     )
 
 
-def read_options(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file (``lr0: 0.02``), yet to be checked. Raises a Fault with file and line."""
+def read_options(path: str | Path, model: type[BaseModel] = TrainConfig) -> dict[str, Any]:
+    """The options in a YAML file (``lr0: 0.02``), yet to be checked. Raises a Fault with file and line.
+
+    Only an option that may be given several times, a tuple in `model`, may be a list here.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -163,17 +168,51 @@ def read_options(path: str | Path) -> dict[str, Any]:
     for key, value in root.value:
         where = f"{path}:{key.start_mark.line + 1}"
         name = str(key.value)
-        if name not in TrainConfig.model_fields:
-            raise Fault(f"{where}: there is no option {name!r}{nearest(name, TrainConfig.model_fields)}")
+        if name not in model.model_fields:
+            raise Fault(f"{where}: there is no option {name!r}{nearest(name, model.model_fields)}")
         if name in values:
             raise Fault(f"{where}: {name} is given twice")
-        if not isinstance(value, yaml.ScalarNode):
-            raise Fault(f"{where}: {name} is one value, not a list or mapping")
-        values[name] = None if value.tag.endswith(":null") else value.value
+        if get_origin(model.model_fields[name].annotation) is tuple:
+            items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            values[name] = tuple(_scalar(item, where, name) for item in items)
+        else:
+            values[name] = _scalar(value, where, name)
     return values
+
+
+def _scalar(node: yaml.Node, where: str, name: str) -> str | None:
+    if not isinstance(node, yaml.ScalarNode):
+        raise Fault(f"{where}: {name} is one value, not a list or mapping")
+    return None if node.tag.endswith(":null") else node.value
 
 
 def save_config(path: str | Path, config: BaseModel) -> None:
     """Write every option as YAML that `read_options` reads back."""
     with atomically(path) as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"resume"}), sort_keys=False))
+
+
+def reopen(config: Config, resume: Path, script: str) -> tuple[Config, Path, Checkpoint]:
+    """The config, folder and last checkpoint of the run at `resume`: its folder or a file in it. A Fault if it cannot
+    go on.
+
+    Only what is `MOVABLE` may be set in `config`: the rest is as the run began. `script` is the door that may go on
+    with it, ``train.py`` or ``search.py``.
+    """
+    folder = resume if resume.is_dir() else resume.parent
+    last, options = folder / "last.pt", folder / "config.yaml"
+    if not last.is_file():
+        raise Fault(f"--resume {resume}: no {last}; a run that has finished an epoch has one; start it anew")
+    fixed = sorted(config.model_fields_set - MOVABLE)
+    if fixed:
+        names = ", ".join(map(option_name, fixed))
+        raise Fault(f"{names}: cannot change in a run that goes on; leave it out, or start anew with --weights {last}")
+    checkpoint = load_checkpoint(last)
+    if checkpoint.training is None:
+        raise Fault(f"{last}: holds weights only; start a new run with --weights {last}")
+    begun = "search.py" if "alphas" in checkpoint.training else "train.py"
+    if begun != script:
+        raise Fault(f"{last}: was begun by {begun}; python {begun} --resume {folder} goes on with it")
+    model = type(config)
+    here = {name: getattr(config, name) for name in config.model_fields_set}
+    return checked(model, {**read_options(options, model), **here}, str(options)), folder, checkpoint

@@ -19,31 +19,42 @@ def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., in
     """Wrap the ``main(argv)`` of a command: what the user did wrong becomes lines on stderr and exit code 2.
 
     A `Fault` prints its lines, an OSError one line, Ctrl-C one line (code 130). ``argparse`` asking to leave gives
-    its code. Anything else is our own mistake and keeps its traceback.
+    its code. Anything else is our own mistake and keeps its traceback. Of several processes the first prints, and any
+    that fails alone in the middle of a run.
     """
 
     @wraps(main)
     def safe(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv) or 0
-        except Fault as fault:
-            for line in fault.lines:
-                print(line, file=sys.stderr)
-            return 2
         except BrokenPipeError:  # the reader of our output left, as in `... | head`: nobody is there to be told
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the interpreter flushes it once more at its end
             return 141
-        except OSError as problem:
-            named = problem.filename is not None and problem.strerror
-            print(f"{problem.filename}: {problem.strerror}" if named else problem, file=sys.stderr)
+        except (Fault, OSError) as problem:
+            if _is_first() or torch.distributed.is_initialized():
+                print(*told(problem), sep="\n", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
-            print(str(stop) or "interrupted", file=sys.stderr)
+            if _is_first():
+                print(str(stop) or "interrupted", file=sys.stderr)
             return 130
         except SystemExit as leaving:
             return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
 
     return safe
+
+
+def told(problem: Fault | OSError) -> list[str]:
+    """The lines in which a Fault or an OSError is shown."""
+    if isinstance(problem, Fault):
+        return list(problem.lines)
+    named = problem.filename is not None and problem.strerror
+    return [f"{problem.filename}: {problem.strerror}" if named else str(problem)]
+
+
+def _is_first() -> bool:
+    """Of the processes that torchrun started; without it there is one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def option_parser(description: str | None) -> ArgumentParser:

@@ -38,7 +38,7 @@ NUMBERS = (
     "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
 )  # fmt: skip  # in the order of COCOeval.stats
 
-
+JACKKNIFE_GROUPS = 10
 CALIBRATION_BATCH = 32
 
 
@@ -101,17 +101,37 @@ def coco_metrics(
     a size) it is left out of the means, and nan if nothing remains. ``backend`` is ``pycocotools`` or
     ``faster_coco_eval``; None takes the faster one that is installed.
     """
-    assert len(truths) == len(detections), f"{len(truths)} images, but detections of {len(detections)}"
-    true_rows = [_rows(image, truth.boxes, truth.labels) for image, truth in enumerate(truths)]
-    found_rows = [_rows(image, found.boxes, found.labels, found.scores) for image, found in enumerate(detections)]
-    frame: dict[str, list[dict[str, Any]]] = {
-        "images": [{"id": image} for image in range(len(truths))],
-        "categories": [{"id": label, "name": name} for label, name in enumerate(names)],
-    }
-    if truths:
-        stats, precision = _cocoeval(_coco(frame, true_rows), _coco(frame, found_rows), backend)
-    else:
+    return _metrics(_matched(truths, detections, names, backend), names, len(truths))
+
+
+def jackknife_ap(
+    truths: Sequence[Sample],
+    detections: Sequence[Detections],
+    names: Sequence[str],
+    *,
+    backend: str | None = None,
+) -> tuple[Metrics, tuple[float, ...]]:
+    """`coco_metrics`, and AP with each group of images left out in turn, which says how sure the AP is.
+
+    This is the delete-a-group jackknife (Kott, Journal of Official Statistics 17, 2001). Image n belongs to group n
+    modulo the number of groups: 10, with fewer than 20 images half as many as there are images, with fewer than 4 none.
+    Detections are matched to truths only once. An AP is nan where the images that remain show nothing to find.
+    """
+    evaluation = _matched(truths, detections, names, backend)
+    metrics = _metrics(evaluation, names, len(truths))
+    groups = min(JACKKNIFE_GROUPS, len(truths) // 2)
+    return metrics, _ap_without(evaluation, len(truths), groups) if groups > 1 else ()
+
+
+def _metrics(evaluation: Any, names: Sequence[str], images: int) -> Metrics:
+    """All numbers of what `_matched` gives."""
+    if evaluation is None:
         stats, precision = np.full(len(NUMBERS), -1.0), np.full((10, 101, len(names), 4, 3), -1.0)
+    else:
+        with redirect_stdout(io.StringIO()):  # both report their progress with print
+            evaluation.accumulate()
+            evaluation.summarize()
+        stats, precision = np.asarray(evaluation.stats)[: len(NUMBERS)], np.asarray(evaluation.eval["precision"])
     numbers: dict[str, Any] = {name: _or_nan(value) for name, value in zip(NUMBERS, stats, strict=True)}
     return Metrics(
         **numbers,
@@ -120,8 +140,25 @@ def coco_metrics(
             (name, _mean(precision[:, :, label, 0, -1]), _mean(precision[0, :, label, 0, -1]))
             for label, name in enumerate(names)
         ),
-        images=len(truths),
+        images=images,
     )
+
+
+def _ap_without(evaluation: Any, images: int, groups: int) -> tuple[float, ...]:
+    """AP without each group, from the matches of an evaluation, which is of no other use afterwards."""
+    held = "_evalImgs_cpp" if hasattr(evaluation, "_evalImgs_cpp") else "evalImgs"
+    matches = getattr(evaluation, held)  # of every class, then area, then image
+    of_a_class = images * len(evaluation.params.areaRng)
+    found = []
+    for group in range(groups):
+        kept = [image for image in range(images) if image % groups != group]
+        for parameters in (evaluation.params, evaluation._paramsEval):
+            parameters.imgIds, parameters.areaRng, parameters.maxDets = kept, parameters.areaRng[:1], [100]
+        setattr(evaluation, held, [matches[at + n] for at in range(0, len(matches), of_a_class) for n in kept])
+        with redirect_stdout(io.StringIO()):
+            evaluation.accumulate()
+        found.append(_mean(np.asarray(evaluation.eval["precision"])))
+    return tuple(found)
 
 
 def _rows(image: int, boxes: Any, labels: Any, scores: Any = None) -> list[dict[str, Any]]:
@@ -144,8 +181,20 @@ def _coco(frame: dict[str, list[dict[str, Any]]], rows: Sequence[list[dict[str, 
     return {**frame, "annotations": [{**row, "id": number} for number, row in enumerate(annotations, start=1)]}
 
 
-def _cocoeval(truth: dict[str, Any], found: dict[str, Any], backend: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """The twelve stats and the precision array ``[IoU, recall, class, area, detections]``; -1 where undefined."""
+def _matched(
+    truths: Sequence[Sample], detections: Sequence[Detections], names: Sequence[str], backend: str | None
+) -> Any:
+    """The backend's evaluation, detections and truths of each image matched; None where there is no image."""
+    assert len(truths) == len(detections), f"{len(truths)} images, but detections of {len(detections)}"
+    if not truths:
+        return None
+    true_rows = [_rows(image, truth.boxes, truth.labels) for image, truth in enumerate(truths)]
+    found_rows = [_rows(image, found.boxes, found.labels, found.scores) for image, found in enumerate(detections)]
+    frame: dict[str, list[dict[str, Any]]] = {
+        "images": [{"id": image} for image in range(len(truths))],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(names)],
+    }
+    options: dict[str, Any] = {"iouType": "bbox"}
     if (backend or ("faster_coco_eval" if find_spec("faster_coco_eval") else "pycocotools")) == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -153,18 +202,18 @@ def _cocoeval(truth: dict[str, Any], found: dict[str, Any], backend: str | None)
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
 
-    with redirect_stdout(io.StringIO()):  # both report their progress with print
+        options["separate_eval"] = True  # keeps the matches for `_ap_without`
+
+    with redirect_stdout(io.StringIO()):
         tables = []
-        for dataset in (truth, found):
+        for rows in (true_rows, found_rows):
             coco = COCO()
-            coco.dataset = dataset
+            coco.dataset = _coco(frame, rows)
             coco.createIndex()
             tables.append(coco)
-        evaluation = COCOeval(*tables, iouType="bbox")
+        evaluation = COCOeval(*tables, **options)
         evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return np.asarray(evaluation.stats)[: len(NUMBERS)], np.asarray(evaluation.eval["precision"])
+    return evaluation
 
 
 def _or_nan(value: float) -> float:

@@ -54,6 +54,13 @@ def _umask() -> int:
     return mask
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished checkpoints and tables of a run that was killed while it wrote them."""
+    for pattern in (".best.pt.*", ".last.pt.*", ".*-????????.csv"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

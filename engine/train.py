@@ -1,7 +1,8 @@
 """Training, from a config to ``best.pt``. `train` reads downwards and is the whole story.
 
 A run is exact: whatever is drawn by chance comes from (seed, epoch), so a run that was killed and resumed ends with
-the same weights as one that was not, on the same device with the same number of threads.
+the same weights as one that was not, on the same device with the same number of threads. Under ``torchrun`` it is the
+same story in every process: all hold the same weights, each sees its share of the images, and the first one writes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from data.augment import Augment
@@ -28,8 +30,20 @@ from data.loader import batches
 from data.readers import Split, read_split
 from data.structures import Batch, Fault, Sample
 from engine.calibrate import calibrate
-from engine.config import RunConfig, TrainConfig, add_options, option_name, read_options, save_config, train_config
-from engine.doors import door, option_parser, parse_device, parse_options
+from engine.config import RunConfig, TrainConfig, add_options, read_options, reopen, save_config, train_config
+from engine.distributed import (
+    average_gradients,
+    average_numbers,
+    broadcast,
+    check_shares,
+    finish,
+    gather_objects,
+    moved,
+    start,
+    surroundings,
+    together,
+)
+from engine.doors import door, option_parser, parse_options
 from engine.draw import grid, write_image
 from engine.evaluate import Metrics, calibration_images, check_imgsz, check_names, evaluate, pixels
 from engine.optim import (
@@ -41,7 +55,7 @@ from engine.optim import (
     make_optimizer,
     warmup_length,
 )
-from engine.runs import append_csv, draw_curves, new_run, read_csv, write_csv, write_text
+from engine.runs import append_csv, draw_curves, new_run, read_csv, remove_leftovers, write_csv, write_text
 from models.anchors import best_possible_recall, fit_anchors, needs_anchors, with_anchors
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, warm_start
 from models.graph import load_graph
@@ -57,7 +71,7 @@ MEASURED_RUN = 200  # steps; under that, measuring costs more than bf16 could sa
 WORTH_IT = 1.2  # how much faster bf16 must be on a CPU
 ANCHORS = 3  # purpose of a random stream, beside those of data.dataset
 EVALUATIONS = 10  # of a short run, at most
-MOVABLE = {"resume", "data", "device", "workers"}  # options that a resumed run may change: they say where, not what
+CHECKED_STEPS = 3  # in which several processes compare which weights have gradients
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,86 +90,97 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
 
     Raises a Fault for input that cannot be trained on, and where the loss stops being a number.
     """
-    say: Callable[[str], None] = print if progress else lambda line: None
     resumed, folder = None, None
     if config.resume is not None:
-        config, folder, resumed = reopen(config)
-    device = parse_device(config.device)
+        config, folder, resumed = reopen_training(config)
+    world = start(config.device)
+    device, progress = world.device, progress and world.is_first
+    say: Callable[[str], None] = print if progress else lambda line: None
 
-    # The data, the network's description, the network.
-    if config.data is None:
-        raise Fault("--data is missing: the YAML of a data set, such as cfg/data/shapes.yaml, would be right")
-    data = read_data_spec(config.data)
-    train_split, val_split = read_labelled(data, "train"), read_labelled(data, "val")
-    say(f"{config.data}: {len(train_split.samples)} images to train on, {len(val_split.samples)} to validate on")
-    for note in (*train_split.notes, *val_split.notes):
-        say(f"note: {note}")
-    start = load_checkpoint(config.weights) if config.weights and not resumed else None
-    spec = resumed.spec if resumed else describe(config, data, start, train_split.samples, say)
-    torch.manual_seed(config.seed)  # first weights
-    network = build(spec)
-    check_imgsz(config.imgsz, network.max_stride)
-    if start:
-        loaded, missing = warm_start(network, start.state)
-        without = f", missing: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}" if missing else ""
-        say(f"{config.weights}: {len(loaded)} of {len(loaded) + len(missing)} tensors loaded{without}")
-    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    say(f"{spec.name}: {sum(p.numel() for p in network.parameters()):,} parameters, on {device}")
+    with together(world):
+        # The data, the network's description, the network.
+        if config.data is None:
+            raise Fault("--data is missing: the YAML of a data set, such as cfg/data/shapes.yaml, would be right")
+        data = read_data_spec(config.data)
+        train_split, val_split = read_labelled(data, "train"), read_labelled(data, "val")
+        say(f"{config.data}: {len(train_split.samples)} images to train on, {len(val_split.samples)} to validate on")
+        for note in (*train_split.notes, *val_split.notes):
+            say(f"note: {note}")
+        origin = load_checkpoint(config.weights) if config.weights and not resumed else None
+        spec = resumed.spec if resumed else describe(config, data, origin, train_split.samples, say)
+        torch.manual_seed(config.seed)  # first weights
+        network = build(spec)
+        check_imgsz(config.imgsz, network.max_stride)
+        if origin:
+            loaded, missing = warm_start(network, origin.state)
+            without = f", missing: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}" if missing else ""
+            say(f"{config.weights}: {len(loaded)} of {len(loaded) + len(missing)} tensors loaded{without}")
+        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        say(f"{spec.name}: {sum(p.numel() for p in network.parameters()):,} parameters, on {world}")
 
-    # The images. The last epochs see no mosaics: those are not what the network will meet.
-    augment = augmentation(config)
-    calm = replace(augment, mosaic=0.0)
-    images = DetectionSet(train_split.samples, config.imgsz, augment, config.seed, config.cache)
-    val_images = DetectionSet(val_split.samples, config.imgsz, None, config.seed, config.cache)
-    calm_from = config.epochs - closing_epochs(config) + 1
+        # The images. The last epochs see no mosaics: those are not what the network will meet.
+        augment = augmentation(config)
+        calm = replace(augment, mosaic=0.0)
+        images = DetectionSet(train_split.samples, config.imgsz, augment, config.seed, config.cache)
+        val_images = DetectionSet(val_split.samples, config.imgsz, None, config.seed, config.cache)
+        calm_from = config.epochs - closing_epochs(config) + 1
 
-    # How many steps, and how weights move in them.
-    batch_size = min(config.batch_size, len(images))
-    batches_per_epoch = math.ceil(len(images) / batch_size)
-    accumulate = max(1, round(NOMINAL_BATCH / batch_size)) if len(images) >= LARGE_SET else 1
-    steps_per_epoch = math.ceil(batches_per_epoch / accumulate)
-    total_steps = config.epochs * steps_per_epoch
-    warmup_steps = warmup_length(config.warmup_epochs, steps_per_epoch, total_steps)
-    chosen = choose_optimizer(config.optimizer, total_steps)
-    lr = config.lr0 or LEARNING_RATES[chosen]
-    say(
-        f"{chosen}, lr {lr:g}, {total_steps} steps of {batch_size * accumulate} images"
-        f" ({warmup_steps} to warm up), {config.epochs} epochs"
-    )
-    optimizer = make_optimizer(network, chosen, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    ema = averaged(network, total_steps)
-    average = ema.module
-    assert isinstance(average, Network)
+        # How many steps, and how weights move in them.
+        batch_size = min(config.batch_size, len(images))
+        check_shares(batch_size, world)
+        share = partial(
+            batches, images, batch_size, seed=config.seed, shuffle=True, rank=world.rank, world_size=world.size
+        )
+        batches_per_epoch = len(share(epoch=1))
+        accumulate = max(1, round(NOMINAL_BATCH / batch_size)) if len(images) >= LARGE_SET else 1
+        steps_per_epoch = math.ceil(batches_per_epoch / accumulate)
+        total_steps = config.epochs * steps_per_epoch
+        warmup_steps = warmup_length(config.warmup_epochs, steps_per_epoch, total_steps)
+        chosen = choose_optimizer(config.optimizer, total_steps)
+        lr = config.lr0 or LEARNING_RATES[chosen]
+        say(
+            f"{chosen}, lr {lr:g}, {total_steps} steps of {batch_size * accumulate} images"
+            f" ({warmup_steps} to warm up), {config.epochs} epochs"
+        )
+        optimizer = make_optimizer(network, chosen, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        ema = averaged(network, total_steps)
+        average = ema.module
+        assert isinstance(average, Network)
 
-    # A new run gets a folder; a resumed one goes on where its last.pt was written.
-    epoch, best, state = 0, Best(), None
-    if resumed and folder:
-        state = resumed.training
-        assert state is not None  # reopen() saw to it
-        check_names(resumed.path, resumed.names, config.data, data.names)
-        check_same_data(state, len(images), config)
-        if state["threads"] != torch.get_num_threads():
-            say(f"note: {torch.get_num_threads()} threads, it began with {state['threads']}: sums round differently")
-        network.load_state_dict(state["network"])
-        average.load_state_dict(resumed.state)
-        ema.n_averaged.fill_(state["updates"])
-        optimizer.load_state_dict(state["optimizer"])
-        epoch, best, amp = state["epoch"], Best.restore(state["best"]), state["amp"]
-        write_csv(folder / "results.csv", read_csv(folder / "results.csv")[:epoch])  # a killed run may be ahead
-        for leftover in (*folder.glob(".best.pt.*"), *folder.glob(".last.pt.*")):  # it was killed while it wrote them
-            leftover.unlink()
-        say(f"{folder}: goes on after epoch {epoch} of {config.epochs}")
-    else:
-        first = next(iter(batches(images, batch_size, epoch=1, seed=config.seed, shuffle=True)))
-        amp, reason = choose_amp(config.amp, network, first, device, total_steps)
-        say(reason)
-        folder = new_run(config.project, config.name, config.exist_ok)
-        for name in ("best.pt", "last.pt", "results.csv"):  # of the run before, where --exist-ok took its folder
-            (folder / name).unlink(missing_ok=True)
-        save_config(folder / "config.yaml", config)
-        write_text(folder / "model.yaml", dump(spec))
-        write_image(folder / "train_batch0.jpg", grid(first.images, first.targets, data.names))
-        say(f"results in {folder}")
+        # A new run gets a folder; a resumed one goes on where its last.pt was written.
+        epoch, best, state, amp = 0, Best(), None, ""
+        if resumed and folder:
+            state = resumed.training
+            assert state is not None  # reopen() saw to it
+            check_names(resumed.path, resumed.names, config.data, data.names)
+            check_same_data(state, len(images), config)
+            for note in moved(state, world):
+                say(f"note: {note}")
+            network.load_state_dict(state["network"])
+            average.load_state_dict(resumed.state)
+            ema.n_averaged.fill_(state["updates"])
+            optimizer.load_state_dict(state["optimizer"])
+            epoch, best, amp = state["epoch"], Best.restore(state["best"]), state["amp"]
+            if world.is_first:
+                write_csv(folder / "results.csv", read_csv(folder / "results.csv")[:epoch])  # a killed run may be ahead
+                remove_leftovers(folder)
+            say(f"{folder}: goes on after epoch {epoch} of {config.epochs}")
+        elif world.is_first:
+            first = next(iter(share(epoch=1)))
+            amp, reason = choose_amp(config.amp, network, first, device, total_steps)
+            say(reason)
+            folder = new_run(config.project, config.name, config.exist_ok)
+            for name in ("best.pt", "last.pt", "results.csv"):  # of the run before, where --exist-ok took its folder
+                (folder / name).unlink(missing_ok=True)
+            save_config(folder / "config.yaml", config)
+            write_text(folder / "model.yaml", dump(spec))
+            write_image(folder / "train_batch0.jpg", grid(first.images, first.targets, data.names))
+            say(f"results in {folder}")
+
+    # From here on all processes go in step, from the weights of the first.
+    place, amp = gather_objects([str(folder), amp], world)[0]
+    folder = Path(place)
+    broadcast(network, world)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     if state and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
@@ -170,7 +195,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             torch.manual_seed(config.seed + epoch)  # what a dropout draws
             network.train()
             images.set_augment(augment if epoch < calm_from else calm)
-            loader = batches(images, batch_size, epoch=epoch, seed=config.seed, shuffle=True, workers=config.workers)
+            loader = share(epoch=epoch, workers=config.workers)
             bar = tqdm(loader, f"epoch {epoch}/{config.epochs}", unit="batch", disable=not progress, leave=False)
             sums: dict[str, float] = {}
             for number, batch in enumerate(bar, 1):
@@ -181,24 +206,31 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                 with autocast(device, amp):
                     outputs, _ = network(pixels(batch, device))
                 loss, parts = network.loss_from(outputs, batch.targets.to(device))
-                for name, value in {"loss": loss.detach(), **parts}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
+                values = {name: float(value) for name, value in {"loss": loss.detach(), **parts}.items()}
+                for name, value in average_numbers(values, world).items():
+                    sums[name] = sums.get(name, 0.0) + value
                 means = {name: value / number for name, value in sums.items()}
                 if not math.isfinite(sums["loss"]):
-                    raise no_number("loss", {"loss": loss, **parts}, epoch, step, last_path)
-                weight = len(batch.images) / batch_size / accumulate  # of this loss among those of its step
+                    with together(world):
+                        raise no_number("loss", values, epoch, step, last_path)
+                # Of this loss among those of its step: the shares of the processes are averaged, not summed.
+                weight = len(batch.images) * world.size / batch_size / accumulate
                 scaler.scale(loss * weight * (NOMINAL_BATCH if chosen == "SGD" else 1)).backward()
                 if number % accumulate == 0 or number == batches_per_epoch:
+                    average_gradients(network, world, check=step < CHECKED_STEPS)
                     scaler.unscale_(optimizer)
                     norm = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
                     if not scaler.is_enabled() and not torch.isfinite(norm):  # a scaler skips such a step by itself
-                        raise no_number("gradient", {"norm": norm, "loss": loss, **parts}, epoch, step, last_path)
+                        with together(world):
+                            raise no_number("gradient", {"norm": float(norm), **values}, epoch, step, last_path)
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
                     ema.update_parameters(network)
                 bar.set_postfix({**{k: f"{v:.3g}" for k, v in means.items()}, "lr": f"{lr_now:.2g}"}, refresh=False)
 
+            if not world.is_first:
+                continue  # the first judges and writes; the others wait for it at the next gradients
             metrics: Metrics | None = None
             if epoch % interval == 0 or epoch == config.epochs:
                 candidate = deepcopy(average).eval()
@@ -229,7 +261,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
                 "best": asdict(best),
                 "amp": amp,
                 "images": len(images),
-                "threads": torch.get_num_threads(),
+                **surroundings(world),
             }
             save_checkpoint(last_path, average, data.names, imgsz=config.imgsz, training=training)
             say(epoch_line(row, config.epochs, heading=epoch == 1))
@@ -238,9 +270,11 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             raise
         raise KeyboardInterrupt(f"stopped; goes on with: python train.py --resume {folder}") from None
 
+    best = Best.restore(gather_objects(asdict(best), world)[0])
     assert best.metrics is not None  # the last epoch is always evaluated
-    rows = read_csv(folder / "results.csv")
-    draw_curves(folder / "results.png", rows, [["loss", *parts], ["ap", "ap50", "ar100"], ["lr"]])
+    if world.is_first:
+        rows = read_csv(folder / "results.csv")
+        draw_curves(folder / "results.png", rows, [["loss", *parts], ["ap", "ap50", "ar100"], ["lr"]])
     say(f"\n{best.metrics.table()}\n\nbest (epoch {best.epoch}): {best_path}\nlast: {last_path}")
     return TrainResult(folder, best_path, last_path, best.metrics)
 
@@ -263,23 +297,13 @@ class Best:
         return Best(state["fitness"], state["epoch"], metrics and Metrics(**metrics))
 
 
-def reopen(config: TrainConfig) -> tuple[TrainConfig, Path, Checkpoint]:
-    """The config, folder and last checkpoint of the run that ``config.resume`` names. A Fault if it cannot go on."""
+def reopen_training(config: TrainConfig) -> tuple[TrainConfig, Path, Checkpoint]:
+    """`reopen`, and a Fault where the run has nothing left to do."""
     assert config.resume is not None
-    folder = config.resume if config.resume.is_dir() else config.resume.parent
-    last = folder / "last.pt"
-    if not last.is_file():
-        raise Fault(f"--resume {config.resume}: no {last}; a run that has finished an epoch has one; start it anew")
-    fixed = sorted(config.model_fields_set - MOVABLE)
-    if fixed:
-        names = ", ".join(map(option_name, fixed))
-        raise Fault(f"{names}: cannot change in a run that goes on; leave it out, or start anew with --weights {last}")
-    checkpoint = load_checkpoint(last)
-    if checkpoint.training is None:
-        raise Fault(f"{last}: holds weights only; start a new run with --weights {last}")
-    here = {name: getattr(config, name) for name in config.model_fields_set}
-    stored = train_config({**read_options(folder / "config.yaml"), **here}, str(folder / "config.yaml"))
+    stored, folder, checkpoint = reopen(config, config.resume, "train.py")
+    assert checkpoint.training is not None
     if checkpoint.training["epoch"] >= stored.epochs:
+        last = folder / "last.pt"
         raise Fault(f"{folder}: all {stored.epochs} epochs are done; to train on, start anew with --weights {last}")
     return stored, folder, checkpoint
 
@@ -407,9 +431,9 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, DTYPES.get(amp), enabled=amp in DTYPES)
 
 
-def no_number(what: str, values: Mapping[str, Tensor], epoch: int, step: int, last: Path) -> Fault:
+def no_number(what: str, values: Mapping[str, float], epoch: int, step: int, last: Path) -> Fault:
     """The fault of a training that broke down: where it was, and what remains of it."""
-    shown = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in values.items())
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     kept = f"{last} holds epoch {epoch - 1}" if last.exists() else "nothing is saved"
     return Fault(
         f"epoch {epoch}, step {step + 1}: the {what} is not a finite number ({shown}); {kept};"
@@ -445,4 +469,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(parse_options(parser, argv))
     file = given.pop("hyp")
     train(train_config({**(read_options(file) if file else {}), **given}, "--"))
+    finish()
     return 0

@@ -23,6 +23,7 @@ from models.parse import dump, parse_text
 from models.spec import ModelSpec
 
 FORMAT = "oneshot-yolo 1"
+TRANSFORM = re.compile(r"\.transforms\.\d+$")  # of `models.elastic.ElasticConv2d`
 CONTENT = {"yaml": str, "names": list, "imgsz": int, "state": dict, "training": dict | None, "plain": dict}
 
 
@@ -124,8 +125,8 @@ def warm_start(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[st
     """Copies what fits by name and shape; returns the names of `network` that were loaded, and those that were not.
 
     A supernet takes the tensors of a plain network: every option of a norm and every candidate block gets a copy, and
-    a kernel that is too small goes into the centre of the larger one, with zeros around it: the function stays the
-    plain network's.
+    a kernel that is too small goes into the centre of the larger one, with zeros around it, and what leads to smaller
+    kernels is the identity: with any kernel that is not smaller than its own the function stays the plain network's.
     """
     loaded, missing = [], []
     bare = [f"{name}.0." for name, leaf in elastic_leaves(network) if isinstance(leaf, ElasticSequential) and leaf.bare]
@@ -133,6 +134,8 @@ def warm_start(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[st
         plain = re.sub(r"\.(norms|candidates)\.\d+(?=\.)", "", name)
         single = next((plain.replace(start, start[:-2], 1) for start in bare if plain.startswith(start)), plain)
         source = next((state[key] for key in (name, plain, single) if key in state), None)
+        if source is None and TRANSFORM.search(name):
+            source = torch.eye(len(tensor))
         if source is None:
             missing.append(name)
             continue

@@ -13,7 +13,7 @@ from typing import Any
 from models.cost import RowCost, totals
 from models.graph import Graph, Node
 from models.show import value_text
-from models.spec import Choice
+from models.spec import settled
 
 NOTHING = "-"  # what the other network lacks
 
@@ -185,7 +185,7 @@ def _plain(value: Any) -> Any:
     """A value without the name of its choice, which holds the row's index."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
-    return ("choice", value.options) if isinstance(value, Choice) else value
+    return settled(value, lambda choice: ("choice", choice.options))
 
 
 def _source_text(sources: Sequence[int]) -> str:

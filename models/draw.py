@@ -22,7 +22,7 @@ from models.layout import IMAGE, Box, Layout, Line, Point, layout
 from models.page import PAGE, SCRIPT
 from models.show import subnets, value_text
 from models.show import sums as summed
-from models.spec import Choice, row_text
+from models.spec import Choice, choices_in, row_text
 
 TEXT_LINE = 15  # from one line of text in a box to the next
 PADDING = 9  # between a box's edge and its text
@@ -315,15 +315,13 @@ def _spoken(graph: Graph, node: Node, cost: RowCost) -> str:
 
 def _arguments(node: Node) -> str:
     """What a row says, choices left out: they have lines of their own."""
-    given = [value_text(value) for value in node.layer.args if not isinstance(value, Choice)]
-    given += [
-        f"{name} {value_text(value)}" for name, value in node.layer.kwargs.items() if not isinstance(value, Choice)
-    ]
+    given = [value_text(value) for value in node.layer.args if not choices_in(value)]
+    given += [f"{name} {value_text(value)}" for name, value in node.layer.kwargs.items() if not choices_in(value)]
     return ", ".join(given)
 
 
 def _argument_name(choice: Choice) -> str:
-    return choice.name.rpartition(".")[2]
+    return choice.name.partition(".")[2]  # kernel of 16.kernel, kernel.0 of 16.kernel.0
 
 
 def _dimensions(shape: Sequence[int]) -> str:

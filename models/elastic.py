@@ -1,15 +1,12 @@
 """Leaves that hold every option of a choice, made by `models.ops.primitives` where a YAML left one open.
 
 All of them work alike. `active` is the option in use, `option(value, x)` is what the leaf computes under an option,
-`plain()` is the torch module that a derived network has in its place. While `gates` is set (see `mixing`), the forward
-is the mixture of ProxylessNAS, ``y = sum_k g_k o_k(x)``: with one-hot gates its value is that of the active option, and
-autograd hands ``dL/dg_k = <o_k, dL/dy>`` to the gates without running backward through the options not in use.
+`plain()` is the torch module that a derived network has in its place.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,7 +22,6 @@ class Elastic(Protocol):
 
     choice: Choice
     active: Any
-    gates: Tensor | None
 
     def option(self, value: Any, x: Tensor) -> Tensor: ...
 
@@ -37,39 +33,6 @@ def elastic_leaves(module: nn.Module) -> Iterator[tuple[str, Elastic]]:
     for name, child in module.named_modules():
         if isinstance(child, Elastic):
             yield name, child
-
-
-@contextlib.contextmanager
-def mixing(module: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, every leaf mixes its options by the gates ``[options]`` of its choice; nothing stays on a leaf after."""
-    leaves = [leaf for _, leaf in elastic_leaves(module)]
-    try:
-        for leaf in leaves:
-            leaf.gates = gates[leaf.choice.name]
-        yield
-    finally:
-        for leaf in leaves:
-            leaf.gates = None
-
-
-def _mixed(leaf: Elastic, x: Tensor) -> Tensor:
-    """The active option's output; under `mixing`, ``sum_k g_k o_k`` with the other options held constant."""
-    y = leaf.option(leaf.active, x)
-    if leaf.gates is None:
-        return y
-    outputs = []
-    for value in leaf.choice.options:
-        if value == leaf.active:
-            outputs.append(y)
-        else:
-            with torch.no_grad():
-                outputs.append(leaf.option(value, x))
-    return _blend(leaf.gates, outputs)
-
-
-def _blend(gates: Tensor, outputs: list[Tensor]) -> Tensor:
-    terms = [gate * output for gate, output in zip(gates.unbind(), outputs, strict=True)]
-    return torch.stack(terms).sum(dim=0)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -93,12 +56,14 @@ def convolution(
 
 
 class ElasticConv2d(nn.Module):
-    """A convolution of several kernel sizes over one weight: a smaller kernel is the centre of the largest.
+    """A convolution of several kernel sizes over one weight (Once-for-all, arXiv 1908.09791).
+
+    A smaller kernel is the centre of the next larger one through a learned matrix: ``W_k = unvec(T_k vec(centre))``
+    with T_k ``[k * k, k * k]``, one for each smaller size over 1, shared by all pairs of channels and the identity at
+    the start. Sizes follow each other, 7 -> 5 -> 3. A 1x1 kernel is the middle of the largest weight itself.
 
     Padding keeps the map size. Shape: ``[N, c_in, H, W] -> [N, c_out, H // stride, W // stride]``
     """
-
-    gates: Tensor | None = None
 
     def __init__(
         self,
@@ -118,11 +83,28 @@ class ElasticConv2d(nn.Module):
         largest = nn.Conv2d(c_in, c_out, self.active, groups=groups, bias=bias)  # only for torch's initialisation
         self.weight, self.bias = largest.weight, largest.bias
         self.stride, self.groups, self.dilation = stride, groups, dilation
+        self.smaller = sorted((size for size in kernel.options if 1 < size < self.active), reverse=True)
+        self.transforms = nn.ParameterDict({str(size): torch.eye(size * size) for size in self.smaller})
+        self._mark()
+
+    def _mark(self) -> None:
+        for transform in self.transforms.values():
+            transform.no_decay = True  # decay would pull it to zero, not to the identity
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # a deep copy of a parameter forgets what was written on it
 
     def kernel(self, size: int) -> Tensor:
-        """The weight of a kernel size, ``[c_out, c_in / groups, size, size]``: a view of the largest one's centre."""
-        margin = (self.weight.shape[-1] - size) // 2
-        return self.weight[:, :, margin : margin + size, margin : margin + size]
+        """The weight of a kernel size, ``[c_out, c_in / groups, size, size]``."""
+        weight: Tensor = self.weight
+        if size == 1:
+            return _centre(weight, 1)
+        for step in self.smaller:
+            if step >= size:
+                centre = _centre(weight, step)
+                weight = F.linear(centre.flatten(2), self.transforms[str(step)]).view(centre.shape)
+        return weight
 
     def option(self, value: int, x: Tensor) -> Tensor:
         padding = self.dilation * (value - 1) // 2
@@ -131,7 +113,7 @@ class ElasticConv2d(nn.Module):
         return F.conv2d(x, self.kernel(value), self.bias, self.stride, padding, self.dilation, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _mixed(self, x)
+        return self.option(self.active, x)
 
     def plain(self) -> nn.Module:
         c_out, c_in_group = self.weight.shape[:2]
@@ -146,10 +128,14 @@ class ElasticConv2d(nn.Module):
         return new
 
 
+def _centre(weight: Tensor, size: int) -> Tensor:
+    """The middle ``size x size`` of a kernel ``[c_out, c_in, k, k]``, as a view."""
+    margin = (weight.shape[-1] - size) // 2
+    return weight[:, :, margin : margin + size, margin : margin + size]
+
+
 class ElasticActivation(nn.Module):
     """One of several activation functions. Shape: any, unchanged."""
-
-    gates: Tensor | None = None
 
     def __init__(self, act: Choice, make: Callable[[str], nn.Module]) -> None:
         super().__init__()
@@ -158,37 +144,37 @@ class ElasticActivation(nn.Module):
         self.functions = nn.ModuleList(make(option) for option in act.options)
 
     def option(self, value: str, x: Tensor) -> Tensor:
-        return self.functions[self.choice.options.index(value)](x)
+        return self.functions[self.choice.index(value)](x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _mixed(self, x)
+        return self.option(self.active, x)
 
     def plain(self) -> nn.Module:
-        return self.functions[self.choice.options.index(self.active)]
+        return self.functions[self.choice.index(self.active)]
 
 
 class SwitchableNorm(nn.Module):
-    """A batch norm of its own for every option of the choice it follows, since their statistics differ.
+    """A norm of its own for every option of the choice it follows, since their statistics differ.
+
+    Each is a batch norm, or again one of these, that follows another choice.
 
     Shape: ``[N, channels, H, W]``, unchanged.
     """
 
-    gates: Tensor | None = None
-
-    def __init__(self, follows: Choice, make: Callable[[], nn.BatchNorm2d]) -> None:
+    def __init__(self, follows: Choice, make: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.choice = follows
         self.active = follows.options[0]
         self.norms = nn.ModuleList(make() for _ in follows.options)
 
     def option(self, value: Any, x: Tensor) -> Tensor:
-        return self.norms[self.choice.options.index(value)](x)
+        return self.norms[self.choice.index(value)](x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _mixed(self, x)
+        return self.option(self.active, x)
 
     def plain(self) -> nn.Module:
-        return self.norms[self.choice.options.index(self.active)]
+        return self.norms[self.choice.index(self.active)]
 
 
 class ElasticSequential(nn.Module):
@@ -197,14 +183,12 @@ class ElasticSequential(nn.Module):
     `bare`: a single block stands for itself in a derived network, not in an ``nn.Sequential`` of one.
     """
 
-    gates: Tensor | None = None
-
-    def __init__(self, number: Choice, make: Callable[[], nn.Module], bare: bool = False) -> None:
+    def __init__(self, number: Choice, make: Callable[[int], nn.Module], bare: bool = False) -> None:
         super().__init__()
         self.choice, self.bare = number, bare
         self.active = max(number.options)
         for index in range(self.active):
-            self.add_module(str(index), make())  # the keys that nn.Sequential has
+            self.add_module(str(index), make(index))  # the keys that nn.Sequential has
 
     def blocks(self) -> list[nn.Module]:
         return list(self.children())
@@ -215,42 +199,15 @@ class ElasticSequential(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gates is None:
-            return self.option(self.active, x)
-        # Each prefix is computed once: those up to the active one lie on its path, the longer ones are only looked at.
-        prefixes = []
-        for index, block in enumerate(self.blocks(), start=1):
-            if index <= self.active:
-                x = block(x)
-                prefixes.append(x if index == self.active else x.detach())
-            else:
-                with torch.no_grad(), _one_path(block):
-                    x = block(x)
-                prefixes.append(x)
-        return _blend(self.gates, [prefixes[count - 1] for count in self.choice.options])
+        return self.option(self.active, x)
 
     def plain(self) -> nn.Module:
         blocks = self.blocks()[: self.active]
         return blocks[0] if self.bare and len(blocks) == 1 else nn.Sequential(*blocks)
 
 
-@contextlib.contextmanager
-def _one_path(module: nn.Module) -> Iterator[None]:
-    """Inside, the leaves below run their active option only: a constant branch needs no mixture."""
-    held = [(leaf, leaf.gates) for _, leaf in elastic_leaves(module)]
-    try:
-        for leaf, _ in held:
-            leaf.gates = None
-        yield
-    finally:
-        for leaf, gates in held:
-            leaf.gates = gates
-
-
 class IndependentRow(nn.Module):
     """Complete blocks side by side, one for every combination of a row's options (TANGO, ProxylessNAS)."""
-
-    gates: Tensor | None = None
 
     def __init__(self, combinations: Choice, make: Callable[[Any], nn.Module]) -> None:
         super().__init__()
@@ -259,13 +216,13 @@ class IndependentRow(nn.Module):
         self.candidates = nn.ModuleList(make(option) for option in combinations.options)
 
     def option(self, value: Any, x: Tensor) -> Tensor:
-        return self.candidates[self.choice.options.index(value)](x)
+        return self.candidates[self.choice.index(value)](x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _mixed(self, x)
+        return self.option(self.active, x)
 
     def plain(self) -> nn.Module:
-        return self.candidates[self.choice.options.index(self.active)]
+        return self.candidates[self.choice.index(self.active)]
 
 
 def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

@@ -19,7 +19,17 @@ import models.ops  # noqa: F401  (fills OPS)
 from data.structures import Fault, nearest
 from models.parse import MOST_FAULTS, SHORTHANDS, UNREADABLE, in_order, known, read
 from models.registry import OPS, WIDTHS, Op, Shape
-from models.spec import Choice, LayerSpec, ModelSpec, Scaling, clip, flow, row_place
+from models.spec import (
+    Choice,
+    LayerSpec,
+    ModelSpec,
+    PerBottleneck,
+    Scaling,
+    choices_in,
+    clip,
+    flow,
+    row_place,
+)
 from models.user_ops import said, trial
 
 IMAGE = Shape(3, 1)
@@ -33,6 +43,7 @@ LARGEST_STRIDE = 4_096
 MOST_HINTED = 200  # names that are looked through for the nearest one
 MOST_NEAR = 6  # rows that a message offers
 OWN = {"num_classes": "nc", "anchors": "anchors"}  # a head's arguments that are the file's, and the words for them
+EACH = "per_bottleneck"  # the word of a row for a choice of its own in each bottleneck
 DIVISOR = 8  # scaled widths are rounded up to a multiple of it
 
 
@@ -191,27 +202,48 @@ def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
         hint = nearest(layer.op, ops) or f"{known(ops)}; --ops FILE brings your own"
         raise Fault(f"{place}: unknown module {clip(repr(layer.op))}{hint}")
     op = OPS[layer.op]
-    for key in layer.kwargs:
+    written, spread = dict(layer.kwargs), False
+    if EACH in written and EACH not in op.signature.parameters:
+        spread = _spread(place, op, written.pop(EACH))
+    for key in written:
         if key not in op.signature.parameters:
-            hint = nearest(key, op.signature.parameters)
+            hint = nearest(key, [*op.signature.parameters, *([EACH] if _spreadable(op) else [])])
             raise Fault(f"{place}: {op} has no argument {clip(repr(key))}{hint}")
     try:
-        bound = op.signature.bind(*layer.args, **layer.kwargs)
+        bound = op.signature.bind(*layer.args, **written)
     except TypeError as problem:
         raise Fault(f"{place}: {op}: {problem}") from None
+    repeats = layer.repeats
+    if isinstance(repeats, int):
+        repeats = scale_repeats(repeats, spec.scaling.depth)
+    most = _largest(repeats)
+    if spread and not any(isinstance(v, Choice) and op.per_bottleneck(name) for name, v in bound.arguments.items()):
+        raise Fault(f"{place}: {EACH} is for a choice in {_listed(_spreadable(op))}, but none of them is one here")
     label = layer.name or str(index)
     faults = []
     values: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        if isinstance(value, Choice):
-            value = Choice(f"{label}.{name}", value.options)
-        elif name in WIDTHS and isinstance(value, int) and not isinstance(value, bool):
-            value = make_divisible(value * spec.scaling.width) if spec.scaling.width != 1 else value
         if op.is_head and name in OWN and _substitute(spec, value) != _substitute(spec, OWN[name]):
             got = clip(flow(value))
             faults.append(f"{place}: {name} stands at the top of the file; write {OWN[name]} here, not {got}")
             continue
-        for final in value.options if isinstance(value, Choice) else (_substitute(spec, value),):
+        listed = value.values if isinstance(value, PerBottleneck) else value
+        if spread and op.per_bottleneck(name) and isinstance(value, Choice):
+            listed = (value,) * most
+        if isinstance(listed, tuple) and op.per_bottleneck(name):
+            value = PerBottleneck(tuple(_named(item, f"{label}.{name}.{at}") for at, item in enumerate(listed)))
+        elif isinstance(value, Choice):
+            value = _named(value, f"{label}.{name}")
+        elif choices_in(value):
+            faults.append(f"{place}: {op}: {name}={clip(flow(value))}: this argument takes no list with a choice in it")
+            continue
+        elif name in WIDTHS and isinstance(value, int) and not isinstance(value, bool):
+            value = make_divisible(value * spec.scaling.width) if spec.scaling.width != 1 else value
+        if isinstance(value, PerBottleneck) and len(value.values) != most:
+            got = f"{name}={clip(flow(value))} has {len(value.values)}"
+            faults.append(f"{place}: {op}: a list has one value a bottleneck, here {most}; {got}")
+            continue
+        for final in _finals(_substitute(spec, value)):
             wrong = op.check(name, final)
             if wrong:
                 faults.append(f"{place}: {op}: {name}={clip(flow(final))} {wrong}")
@@ -220,9 +252,6 @@ def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
         values[name] = value
     if faults:
         raise Fault(*faults)
-    repeats = layer.repeats
-    if isinstance(repeats, int):
-        repeats = scale_repeats(repeats, spec.scaling.depth)
     positional = [name for name, p in op.signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     args: list[Any] = []
     for name in positional:
@@ -230,6 +259,35 @@ def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
             break
         args.append(values.pop(name))
     return replace(layer, repeats=repeats, args=tuple(args), kwargs=values)
+
+
+def _spread(place: str, op: Op, asked: Any) -> bool:
+    """What a row says under ``per_bottleneck``."""
+    if not _spreadable(op):
+        able = [name for name, other in OPS.items() if _spreadable(other)]
+        raise Fault(f"{place}: {op.name} repeats no bottlenecks, so {EACH} means nothing here{known(able)}")
+    if not isinstance(asked, bool):
+        raise Fault(f"{place}: {EACH} is True or False; got {clip(flow(asked))}")
+    return asked
+
+
+def _spreadable(op: Op) -> list[str]:
+    """The arguments of an op that may differ from bottleneck to bottleneck."""
+    return [name for name in op.signature.parameters if op.per_bottleneck(name)]
+
+
+def _named(value: Any, name: str) -> Any:
+    return Choice(name, value.options) if isinstance(value, Choice) else value
+
+
+def _finals(value: Any) -> list[Any]:
+    """Every value that an argument may come to have, each once."""
+    if isinstance(value, Choice):
+        return list(value.options)
+    if isinstance(value, PerBottleneck):
+        every = [final for item in value.values for final in _finals(item)]
+        return list({repr(final): final for final in every}.values())  # 1 and True are two
+    return [value]
 
 
 def _substitute(spec: ModelSpec, value: Any) -> Any:
@@ -324,9 +382,10 @@ def _largest(repeats: int | Choice) -> int:
 
 def _output(op: Op, inputs: Sequence[Shape], arguments: Mapping[str, Any]) -> Shape:
     """The Shape of a row, whatever its choices pick. Raises ValueError where that differs or does not fit."""
-    choices = {name: value.options for name, value in arguments.items() if isinstance(value, Choice)}
-    if math.prod(map(len, choices.values())) > MOST_COMBINATIONS:
+    if math.prod(len(choice.options) for choice in choices_in(tuple(arguments.values()))) > MOST_COMBINATIONS:
         raise ValueError(f"its choices have more than {MOST_COMBINATIONS:,} combinations")
+    # bottlenecks keep their shape one by one, so what they have is looked at one by one
+    choices = {name: _finals(value) for name, value in arguments.items() if isinstance(value, Choice | PerBottleneck)}
     found: dict[Shape, Mapping[str, Any]] = {}
     for picks in itertools.product(*choices.values()):
         picked = dict(zip(choices, picks, strict=True))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from data.structures import Fault, Targets
 from models.elastic import ElasticConv2d, ElasticSequential, IndependentRow
 from models.graph import Graph, Node, combinations, resolve
-from models.ops.primitives import repeat
-from models.spec import Choice, ModelSpec
+from models.ops.primitives import NORMS, keyed_norms, repeat
+from models.spec import Choice, ModelSpec, settled
 
 SUPERNETS = ("shared", "independent")
 MOST_CANDIDATES = 12  # whole blocks side by side in one row of an independent supernet
@@ -32,13 +32,18 @@ class Network(nn.Module):
 
     ``shared``: one set of weights serves all options. ``independent``: a block for every combination.
     Without it, an open choice is a Fault.
+
+    `norms` says what a ``shared`` supernet keeps batch norms apart for: every activation that they feed (``act``), no
+    choice at all (``shared``), or every kernel that they follow and activation (``k_act``).
     """
 
-    def __init__(self, graph: Graph, supernet: str | None = None) -> None:
+    def __init__(self, graph: Graph, supernet: str | None = None, norms: str = "act") -> None:
         super().__init__()
         assert supernet is None or supernet in SUPERNETS, supernet
+        assert norms in NORMS, norms
         self.graph = graph
-        self.layers = nn.ModuleList(_build_row(node, supernet) for node in graph.nodes)
+        with keyed_norms(norms):
+            self.layers = nn.ModuleList(_build_row(node, supernet) for node in graph.nodes)
         self._last_use = graph.last_use()
         for layer in self.layers[:-1]:
             layer.apply(_initialize)
@@ -110,9 +115,9 @@ def _initialize(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def build(spec: ModelSpec, supernet: str | None = None) -> Network:
+def build(spec: ModelSpec, supernet: str | None = None, norms: str = "act") -> Network:
     """The network of a spec. Raises `Fault` where the spec does not fit together or leaves a choice open."""
-    return Network(resolve(spec), supernet)
+    return Network(resolve(spec), supernet, norms)
 
 
 def _build_row(node: Node, supernet: str | None) -> nn.Module:
@@ -157,7 +162,7 @@ def build_plain(node: Node, picks: Mapping[str, Any] | None = None) -> nn.Module
     """A row's module with its choices replaced by `picks`."""
 
     def final(value: Any) -> Any:
-        return picks[value.name] if isinstance(value, Choice) and picks is not None else value
+        return settled(value, lambda choice: picks[choice.name]) if picks is not None else value
 
     return _module(node, {name: final(value) for name, value in node.arguments.items()}, final(node.repeats))
 
@@ -167,10 +172,10 @@ def _module(node: Node, arguments: Mapping[str, Any], repeats: int | Choice) -> 
     if "number" in node.op.parameters:
         return node.op.module(**given | {"number": repeats})
     if isinstance(repeats, Choice):
-        return ElasticSequential(repeats, lambda: node.op.module(**given), bare=True)
+        return ElasticSequential(repeats, lambda _: node.op.module(**given), bare=True)
     if repeats == 1:
         return node.op.module(**given)
-    return repeat(repeats, lambda: node.op.module(**given))
+    return repeat(repeats, lambda _: node.op.module(**given))
 
 
 def head_maximum(outputs: Sequence[Tensor]) -> float:

@@ -356,7 +356,10 @@ def _near(word: str, words: Collection[str]) -> str:
 
 
 def _value(marked: _Marked, name: str) -> Any:
-    """A plain value, or a `Choice` where the file says ``{choice: [...]}``."""
+    """A plain value, or a `Choice` where the file says ``{choice: [...]}``; in a list, one step down, likewise."""
+    if isinstance(marked.value, list):
+        items = enumerate(marked.value)
+        return tuple(_value(v, f"{name}.{at}") if isinstance(v.value, dict) else v.plain() for at, v in items)
     if not isinstance(marked.value, dict):
         return marked.plain()
     if set(marked.value) != {"choice"}:

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from data.structures import Fault
-from models.spec import FLOAT, INTEGER, Choice, clip, flow
+from models.spec import FLOAT, INTEGER, Choice, PerBottleneck, clip, flow
 
 FILLED = ("self", "c_in", "inputs", "number")
 WIDTHS = ("c_out",)  # arguments that width_multiple scales
@@ -92,6 +92,10 @@ class Op:
     def may_choose(self, argument: str) -> bool:
         """Whether the op is written so that one set of weights serves a choice in this argument."""
         return Choice in _parts(self.hints.get(argument))
+
+    def per_bottleneck(self, argument: str) -> bool:
+        """Whether each of the blocks that the op repeats may have a value of its own for this argument."""
+        return PerBottleneck in _parts(self.hints.get(argument))
 
     def check(self, argument: str, value: Any) -> str | None:
         """What is wrong with a plain value of an argument, to be read after the value; None where nothing is."""
@@ -167,7 +171,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 @functools.cache
 def _adapter(init: Callable[..., None], argument: str) -> TypeAdapter[Any]:
     hint = typing.get_type_hints(init, include_extras=True)[argument]
-    plain = [part for part in _parts(hint) if part is not Choice]
+    plain = [part for part in _parts(hint) if part not in (Choice, PerBottleneck)]
     return TypeAdapter(
         functools.reduce(operator.or_, plain), config=ConfigDict(strict=True, arbitrary_types_allowed=True)
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.cost import RowCost, totals
 from models.graph import Graph
-from models.spec import Choice, flow
+from models.spec import Choice, PerBottleneck, flow
 
 
 def table(graph: Graph, costs: Sequence[RowCost], imgsz: int, supernet: str | None = None) -> str:
@@ -59,6 +59,8 @@ def value_text(value: Any) -> str:
     """An argument in few characters: ``{3|5}`` for a choice, ``13`` for 13.0, a word without quotes."""
     if isinstance(value, Choice):
         return str(value)
+    if isinstance(value, PerBottleneck):
+        return value_text(value.values)
     if isinstance(value, tuple):
         return f"[{', '.join(map(value_text, value))}]"
     if isinstance(value, float) and value.is_integer():

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,6 +51,40 @@ class Choice:
     def __str__(self) -> str:
         return "{" + "|".join(str(option) for option in self.options) + "}"
 
+    def index(self, option: Any) -> int:
+        """The place of an option. Raises ValueError where it is none; 1, 1.0 and True are different options."""
+        for place, known in enumerate(self.options):
+            if known == option and type(known) is type(option):
+                return place
+        raise ValueError(f"choice {self.name!r} has no option {option!r}; options are {list(self.options)}")
+
+
+@dataclass(frozen=True)
+class PerBottleneck:
+    """An argument with a value for each bottleneck of a row; any of them may be a `Choice`.
+
+    While the row's `number` is a choice there are as many as its largest option; the first so many of them count.
+    """
+
+    values: tuple[Any, ...]
+
+
+def choices_in(value: Any) -> tuple[Choice, ...]:
+    """The open places in an argument, in the order in which they stand."""
+    if isinstance(value, Choice):
+        return (value,)
+    values = value.values if isinstance(value, PerBottleneck) else value if isinstance(value, tuple) else ()
+    return tuple(choice for item in values for choice in choices_in(item))
+
+
+def settled(value: Any, pick: Callable[[Choice], Any]) -> Any:
+    """An argument with what `pick` says in place of each of its choices."""
+    if isinstance(value, Choice):
+        return pick(value)
+    if isinstance(value, PerBottleneck):
+        return PerBottleneck(tuple(settled(item, pick) for item in value.values))
+    return value
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -77,18 +111,19 @@ class LayerSpec:
     @property
     def choices(self) -> tuple[Choice, ...]:
         """The row's open places in the order in which they stand: arguments, then `number`."""
-        values = (*self.args, *self.kwargs.values(), self.repeats)
-        return tuple(value for value in values if isinstance(value, Choice))
+        return choices_in((*self.args, *self.kwargs.values(), self.repeats))
 
     def freeze(self, picks: Mapping[str, Any]) -> LayerSpec:
-        """The same row with every choice replaced by the pick of its name."""
+        """The same row with every choice replaced by the pick of its name, and a value for each bottleneck it has."""
+        number = settled(self.repeats, lambda choice: picks[choice.name])
 
         def final(value: Any) -> Any:
-            return picks[value.name] if isinstance(value, Choice) else value
+            value = settled(value, lambda choice: picks[choice.name])
+            return PerBottleneck(value.values[:number]) if isinstance(value, PerBottleneck) else value
 
         return replace(
             self,
-            repeats=final(self.repeats),
+            repeats=number,
             args=tuple(final(value) for value in self.args),
             kwargs={key: final(value) for key, value in self.kwargs.items()},
             written="",
@@ -155,6 +190,8 @@ def flow(value: Any) -> str:
         return f"{{choice: {flow(value.options)}}}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, PerBottleneck):
+        return flow(value.values)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(flow(item) for item in value) + "]"
     if value is None or isinstance(value, bool):

@@ -6,14 +6,16 @@ number of a row), in an ``independent`` one all choices of a row together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.structures import Targets
-from models.elastic import elastic_leaves, mixing, plain_state
+from models.elastic import Elastic, elastic_leaves, plain_state
 from models.graph import Graph, normalize, resolve
 from models.network import Network, build, joint_choice
 from models.spec import Choice, ModelSpec
@@ -22,25 +24,26 @@ from models.spec import Choice, ModelSpec
 class Supernet(nn.Module):
     """Every subnet of a search file behind one `Network`; `activate` says which of them runs.
 
-    Its batch norms keep no running statistics (momentum 0): those would be a mixture of subnets and fit none. A subnet
-    is calibrated (`engine.calibrate`) before it is judged.
+    Weight steps move the running statistics of the norms that they run through, as in any training; those are a mixture
+    of subnets and fit none, so a subnet is calibrated (`engine.calibrate`) before it is judged. What is only looked at
+    for the architecture parameters moves nothing.
+
+    `norms` says what the batch norms of a ``shared`` supernet are kept for, see `Network`.
     """
 
-    def __init__(self, spec: ModelSpec, kind: str) -> None:
+    def __init__(self, spec: ModelSpec, kind: str, norms: str = "act") -> None:
         super().__init__()
         graph: Graph = resolve(normalize(spec))
         self.kind = kind
-        self.network = Network(graph, kind)
+        self.network = Network(graph, kind, norms)
         joint = (
             {node.index: joint_choice(node) for node in graph.nodes if node.choices} if kind == "independent" else {}
         )
         self.decisions: tuple[Choice, ...] = tuple(joint.values()) if joint else graph.spec.choices
         self._joint = {choice.name: graph.nodes[index].choices for index, choice in joint.items()}
+        self._all = {decision.name: decision.options for decision in self.decisions}
         self.alphas = nn.ParameterList(torch.zeros(len(decision.options)) for decision in self.decisions)
         self._leaves = tuple(leaf for _, leaf in elastic_leaves(self.network))  # found once: every step asks for them
-        for module in self.network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.0
 
     @property
     def spec(self) -> ModelSpec:
@@ -73,45 +76,59 @@ class Supernet(nn.Module):
         """softmax(alpha) of every decision, ``[options]``; differentiable."""
         return {d.name: alpha.softmax(dim=0) for d, alpha in zip(self.decisions, self.alphas, strict=True)}
 
-    def one_hot(self, picks: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The gates of an architecture, leaves of autograd: 1 at its option, 0 elsewhere."""
-        decided = self.decide(picks)
-        like = next(self.network.parameters())
-        gates = {}
-        for decision in self.decisions:
-            gate = torch.zeros(len(decision.options), dtype=like.dtype, device=like.device)
-            gate[decision.options.index(decided[decision.name])] = 1
-            gates[decision.name] = gate.requires_grad_()
-        return gates
-
     def gate_gradients(
-        self, picks: Mapping[str, Any], loss: Callable[[Network], Tensor]
+        self,
+        picks: Mapping[str, Any],
+        loss: Callable[[Network], Tensor],
+        among: Mapping[str, Sequence[Any]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of an architecture, and ``dL/dg`` for the gates of every decision at that architecture.
+        """The loss of an architecture, and ``dL/dg`` ``[options]`` for the gates of every decision there.
 
-        ``y = sum_k g_k o_k`` in every leaf of a decision, g one-hot (ProxylessNAS, arXiv 1812.00332, section 3.2.1).
-        The weights get no gradient here, and what lies before the first choice is not differentiated at all.
+        In every leaf of a decision ``y = sum_k g_k o_k(x)``, with g one-hot at the architecture's option, so that
+        ``dL/dg_k = <o_k(x), dL/dy>`` (ProxylessNAS, arXiv 1812.00332, section 3.2.1). `among` names the options of each
+        decision that are looked at (default: all); the others are not run and get 0.
+
+        The forward is the plain one of the subnet; the other options run after it, without a backward of their own. The
+        weights get no gradient, what lies before the first choice is not differentiated, and no statistics move.
         """
         self.activate(picks)
-        gates = self.one_hot(picks)
-        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        try:
-            for parameter in trainable:
-                parameter.requires_grad_(False)
-            with mixing(self.network, gates):
+        with _weights_held(self.network), _statistics_held(self.network):
+            with _watched(self._leaves) as seen:
                 value = loss(self.network)
-            gradients = torch.autograd.grad(value, list(gates.values()))
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-        return value.detach(), dict(zip(gates, gradients, strict=True))
+            towards = torch.autograd.grad(value, [y for _, _, y in seen], materialize_grads=True)
+            gradients = self._gate_products(seen, towards, among or self._all)
+        return value.detach(), gradients
 
-    def set_alpha_gradients(self, gate_gradients: Mapping[str, Tensor]) -> None:
-        """``dL/dalpha = p * (g - p . g)``: the gates' gradient through the softmax, added to what is there."""
+    @torch.no_grad()
+    def _gate_products(
+        self,
+        seen: Sequence[tuple[Elastic, Tensor, Tensor]],
+        towards: Sequence[Tensor],
+        among: Mapping[str, Sequence[Any]],
+    ) -> dict[str, Tensor]:
+        """``<o_k(x), dL/dy>`` of every named option, summed over the leaves of its decision."""
+        like = next(self.network.parameters())
+        gradients = {d.name: like.new_zeros(len(d.options)) for d in self.decisions}
+        for (leaf, x, y), dy in zip(seen, towards, strict=True):
+            wide = torch.promote_types(dy.dtype, torch.float32)  # half precision is for the layers, not for their sums
+            for option in among[leaf.choice.name]:
+                o = y if option == leaf.active else leaf.option(option, x)
+                gradients[leaf.choice.name][leaf.choice.index(option)] += (o.to(wide) * dy.to(wide)).sum()
+        return gradients
+
+    def set_alpha_gradients(
+        self, gate_gradients: Mapping[str, Tensor], among: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
+        """``dL/dalpha = p * (g - p . g)``: the gates' gradient through the softmax, added to what is there.
+
+        With `among`, the softmax is that of the named options alone, and the others get 0.
+        """
         for decision, alpha in zip(self.decisions, self.alphas, strict=True):
-            g = gate_gradients[decision.name].to(alpha)
-            p = alpha.detach().softmax(dim=0)
-            gradient = p * (g - (p * g).sum())
+            places = [decision.index(option) for option in (among or self._all)[decision.name]]
+            g = gate_gradients[decision.name].to(alpha)[places]
+            p = alpha.detach()[places].softmax(dim=0)
+            gradient = torch.zeros_like(alpha)
+            gradient[places] = p * (g - (p * g).sum())
             alpha.grad = gradient if alpha.grad is None else alpha.grad + gradient
 
     def derive(self, picks: Mapping[str, Any]) -> Network:
@@ -126,3 +143,48 @@ class Supernet(nn.Module):
 def detection_loss(images: Tensor, targets: Targets) -> Callable[[Network], Tensor]:
     """The loss of a batch as a function of the network."""
     return lambda network: network.loss(images, targets)[0]
+
+
+@contextlib.contextmanager
+def _watched(leaves: Sequence[Elastic]) -> Iterator[list[tuple[Elastic, Tensor, Tensor]]]:
+    """Inside, every leaf that runs is noted: itself, its input, and its output as a place to differentiate at."""
+    seen: list[tuple[Elastic, Tensor, Tensor]] = []
+
+    def note(leaf: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        # A tensor of its own: an identity hands its input on, which others may read as well.
+        y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
+        seen.append((cast(Elastic, leaf), inputs[0].detach(), y))
+        return y
+
+    hooks = [cast(nn.Module, leaf).register_forward_hook(note) for leaf in leaves]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _weights_held(network: nn.Module) -> Iterator[None]:
+    """Inside, no weight asks for a gradient."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _statistics_held(network: nn.Module) -> Iterator[None]:
+    """Inside, norms in training mode use the batch's statistics and remember nothing of them, not even its count."""
+    norms = [child for child in network.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = not norm.training  # an evaluating norm needs what it remembers
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import models.ops  # noqa: F401  (fills OPS, so that names which are taken are known)
 from data.structures import Fault
 from models.registry import FILLED, OPS, Op, Shape
-from models.spec import Choice
+from models.spec import settled
 
 TRIAL_CELLS = 4  # a side of the smallest map on which a user's op is tried
 
@@ -62,7 +62,7 @@ def trial(op: Op, inputs: Sequence[Shape], output: Shape, arguments: Mapping[str
 
     `arguments` are all that the class is called with. Of a choice the first option is tried.
     """
-    plain = {name: value.options[0] if isinstance(value, Choice) else value for name, value in arguments.items()}
+    plain = {name: settled(value, lambda choice: choice.options[0]) for name, value in arguments.items()}
     size = TRIAL_CELLS * max(shape.stride for shape in (*inputs, output))
     try:
         with torch.device("meta"), torch.no_grad():

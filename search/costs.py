@@ -1,4 +1,8 @@
-"""What a subnet costs. Parameters and MACs are sums over rows, so a table of every row's options is exact."""
+"""What a subnet costs: MACs, parameters, milliseconds.
+
+All are sums over rows. For parameters and MACs that is exact; how nearly it is so for the latency on a device, the
+validation of its table tells (`search.latency`).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from models.graph import Graph, combinations, resolve
 from models.spec import Choice
 from search.space import Architecture
 
-METRICS = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "ms"}
+METRICS = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "ms"}  # and their units
 SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -33,7 +37,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class CostTable:
-    """An additive cost: what the closed rows cost, and for every open row an array over the options of its choices."""
+    """An additive cost: what the closed rows cost, and for every open row an array over the options of its choices.
+
+    In units of `metric`: multiply-adds, parameters, or milliseconds of one image on the device that was measured.
+    """
 
     metric: str
     fixed: float
@@ -42,7 +49,7 @@ class CostTable:
     def of(self, architecture: Architecture) -> float:
         total = self.fixed
         for choices, table in self.rows:
-            total += float(table[tuple(c.options.index(architecture.picks[c.name]) for c in choices)])
+            total += float(table[tuple(c.index(architecture.picks[c.name]) for c in choices)])
         return total
 
     def expected(self, probabilities: Mapping[str, Tensor]) -> Tensor:
@@ -57,8 +64,8 @@ class CostTable:
                 for choice in reversed(choices):
                     values = values @ probabilities[choice.name].double().cpu()
             else:
-                joint = probabilities[choices[0].name.rpartition(".")[0]]
-                values = values.reshape(-1) @ joint.double().cpu()
+                row = next(name for name in probabilities if choices[0].name.startswith(f"{name}."))
+                values = values.reshape(-1) @ probabilities[row].double().cpu()
             total = total + values
         return total
 
@@ -111,18 +118,22 @@ def check_budgets(budgets: Sequence[Budget], tables: Mapping[str, CostTable]) ->
             continue
         smallest, architecture = tables[budget.metric].extreme(largest=False)
         if smallest > budget.limit:
-            raise Fault(
-                f"--budget {budget}: no subnet can meet it; the smallest has "
-                f"{budget.metric}={format_cost(budget.metric, smallest, exact=True)} ({architecture})"
-            )
+            least = f"{budget.metric}={format_cost(budget.metric, smallest, exact=True)} ({architecture})"
+            here = " on this device; the smallest latency is" if budget.metric == "latency_ms" else "; the smallest has"
+            raise Fault(f"--budget {budget}: no subnet can meet it{here} {least}")
 
 
 def within(costs: Mapping[str, float], budgets: Sequence[Budget]) -> bool:
     return all(costs[budget.metric] <= budget.limit for budget in budgets)
 
 
+def with_unit(metric: str, value: float) -> str:
+    """``812.400M multiply-adds``, ``2.512M parameters`` or ``11.3 ms``."""
+    return f"{format_cost(metric, value)} {METRICS[metric]}"
+
+
 def format_cost(metric: str, value: float, exact: bool = False) -> str:
-    """``812.4M`` or ``11.3``; `exact` writes counts to the last digit."""
+    """``812.400M``, or ``11.3`` of milliseconds; `exact` writes counts to the last digit, milliseconds to the third."""
     if metric == "latency_ms":
         return f"{value:.3g}" if not exact else f"{value:.3f}"
     if exact:

@@ -1,8 +1,9 @@
-"""Many subnets calibrated and measured at once. What lies before the first choice runs once for all of them."""
+"""Many subnets calibrated and measured at once. What lies before the first choice runs once for many of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,20 +11,31 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.dataset import DetectionSet
-from data.loader import batches
+from data.loader import Batches, batches
 from data.structures import Detections
 from engine.calibrate import calibrate_by
-from engine.evaluate import Metrics, coco_metrics, pixels, to_original
+from engine.evaluate import Metrics, jackknife_ap, pixels, to_original
 from engine.nms import nms
 from models.network import Network
 
 CONFIDENCE, IOU, MOST = 0.001, 0.6, 300  # as in `engine.evaluate.evaluate`
+TOGETHER = 8  # subnets behind one pass of the trunk; after so many, Ctrl-C finds some finished
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured of a subnet; `ap_without` is its AP with each group of the images left out in turn.
+
+    The groups are those of `engine.evaluate.jackknife_ap`: the same for all subnets, so that they compare in pairs.
+    """
+
+    metrics: Metrics
+    ap_without: tuple[float, ...]
 
 
 def first_choice(network: Network, choices: Sequence[str]) -> int:
-    """The first row that any of the named choices stands in: rows before it are the same in every subnet."""
-    labels = {name.rpartition(".")[0] for name in choices}
-    return next(node.index for node in network.graph.nodes if (node.layer.name or str(node.index)) in labels)
+    """The first row of a supernet that holds any of the named choices: rows before it are the same in every subnet."""
+    return next(node.index for node in network.graph.nodes if any(choice.name in choices for choice in node.choices))
 
 
 def share_trunk(networks: Sequence[Network], rows: int) -> None:
@@ -33,7 +45,6 @@ def share_trunk(networks: Sequence[Network], rows: int) -> None:
             network.layers[index] = networks[0].layers[index]
 
 
-@torch.no_grad()
 def judge(
     networks: Sequence[Network],
     trunk_rows: int,
@@ -44,29 +55,62 @@ def judge(
     batch_size: int,
     device: torch.device,
     progress: bool = True,
-) -> list[Metrics]:
+    done: Callable[[int, Verdict], None] | None = None,
+) -> list[Verdict]:
     """Calibrates every network on the `calibration` batches and measures it on `images`.
 
     Equal to `engine.calibrate.calibrate` and `engine.evaluate.evaluate` of one after the other; the networks are left
-    calibrated, in eval mode, with one trunk in common.
+    calibrated, in eval mode, with one trunk in common. ``done(place, verdict)`` hears of each network as soon as it is
+    measured, so that a Ctrl-C costs no more than what was under way.
     """
     share_trunk(networks, trunk_rows)
+    loader = batches(images, batch_size)
+    parts = [networks[start : start + TOGETHER] for start in range(0, len(networks), TOGETHER)]
+    passes = len(parts) * (len(calibration) + len(loader))
+    verdicts: list[Verdict] = []
+    with tqdm(
+        total=passes, desc=f"judging {len(networks)} subnets", unit="batch", disable=not progress, leave=False
+    ) as bar:
+        for part in parts:
+            for found in _measured(part, trunk_rows, calibration, loader, device, bar.update):
+                samples = [images.samples[index] for index in found]
+                verdict = Verdict(*jackknife_ap(samples, list(found.values()), names))
+                if done is not None:
+                    done(len(verdicts), verdict)
+                verdicts.append(verdict)
+    return verdicts
+
+
+@torch.no_grad()
+def _measured(
+    networks: Sequence[Network],
+    trunk_rows: int,
+    calibration: Sequence[Tensor],
+    loader: Batches,
+    device: torch.device,
+    passed: Callable[[], Any],
+) -> list[dict[int, Detections]]:
+    """Detections of every network, calibrated, by the images' place in their set and in its order."""
     subnets = nn.ModuleList(networks).eval()
     rows = range(trunk_rows, len(networks[0].layers))
 
-    def tails(batch: Tensor) -> list[Any]:
+    def tails(batch: Tensor) -> Iterator[Any]:
         trunk, _ = networks[0].run(range(trunk_rows), {-1: batch})
-        return [network.run(rows, trunk)[0][rows[-1]] for network in networks]
+        for network in networks:
+            yield network.run(rows, trunk)[0][rows[-1]]
 
-    bar = tqdm(calibration, f"calibrating {len(networks)} subnets", unit="batch", disable=not progress, leave=False)
-    calibrate_by(subnets, tails, bar)
+    def run_all(batch: Tensor) -> None:
+        for _ in tails(batch):
+            pass
+        passed()
+
+    calibrate_by(subnets, run_all, calibration)
     found: list[dict[int, Detections]] = [{} for _ in networks]
-    loader = batches(images, batch_size)
-    for batch in tqdm(loader, f"judging {len(networks)} subnets", unit="batch", disable=not progress, leave=False):
+    for batch in loader:
         for network, outputs, kept in zip(networks, tails(pixels(batch, device)), found, strict=True):
             boxes, scores = network.decode(outputs)
             for index, letterbox, *predicted in zip(batch.indices, batch.letterboxes, boxes, scores, strict=True):
                 best = nms(*predicted, conf=CONFIDENCE, iou=IOU, max_det=MOST, multi_label=True)
                 kept[index] = to_original(best, letterbox)
-    measured = tqdm(found, "measuring", unit="subnet", disable=not progress, leave=False)
-    return [coco_metrics([images.samples[index] for index in kept], list(kept.values()), names) for kept in measured]
+        passed()
+    return found

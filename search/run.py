@@ -3,56 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
 
 from data.config import read_data_spec
 from data.dataset import DetectionSet
-from data.loader import batches
-from data.structures import Batch, Fault, Sample
+from data.structures import Fault, Sample
+from engine import distributed
 from engine.config import add_options, checked, save_config
-from engine.doors import door, option_parser, parse_device, parse_options
-from engine.evaluate import Metrics, calibration_images, check_imgsz, evaluate, pixels
-from engine.latency import measure_ms
-from engine.optim import LEARNING_RATES, averaged, choose_optimizer, lr_factor, make_optimizer, warmup_length
-from engine.runs import new_run, write_csv, write_text
-from engine.train import (
-    NOMINAL_BATCH,
-    augmentation,
-    autocast,
-    choose_amp,
-    closing_epochs,
-    describe,
-    no_number,
-    read_labelled,
-)
-from models.checkpoint import load_checkpoint, save_checkpoint, warm_start
+from engine.doors import door, option_parser, parse_options
+from engine.evaluate import Metrics, calibration_images, check_imgsz, evaluate
+from engine.runs import new_run, write_text
+from engine.train import augmentation, describe, read_labelled
+from models.checkpoint import load_checkpoint, warm_start
 from models.graph import resolve
-from models.network import Network
 from models.parse import dump
 from models.supernet import Supernet
+from search import tango
 from search.config import SearchConfig
-from search.costs import Budget, CostTable, check_budgets, cost_tables, format_cost, parse_budget, within
+from search.costs import CostTable, check_budgets, cost_tables, format_cost, parse_budget
+from search.find import Trial, calibrated, find, save_subnet
 from search.front import Judged, draw_front, front_table, on_front, write_front
-from search.judge import first_choice, judge
-from search.objective import Prices, architecture_step
-from search.propose import argmax, propose
-from search.sampling import drawn_options, fair_options
+from search.latency import LatencyTable, latency_table, read_table, write_table
+from search.objective import check_form
+from search.propose import argmax
+from search.report import write_report
+from search.retrain import retrain, retrain_table
 from search.space import Architecture, SearchSpace
+from search.train import reopen, train_supernet
 
 JUDGING_PART, FEWEST_JUDGING, MOST_JUDGING = 0.2, 32, 2_000  # of the training images; the weights never see them
-ARCHITECTURE, PROPOSAL = 11, 12  # purposes of random streams
-ALPHA_REACH = 1.5  # how far an alpha may walk over a whole search with steps of one sign
-SLOWEST_ALPHA, FASTEST_ALPHA = 1e-3, 5e-2  # bounds of its learning rate; the lower one is ProxylessNAS's
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -67,107 +55,140 @@ class SearchResult:
     metrics: Metrics  # of the best, on the validation split
 
 
-def search(config: SearchConfig, progress: bool = True) -> SearchResult:
+def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     """Trains a supernet, moves its architecture parameters, judges subnets within the budgets and derives the front.
 
-    Raises a Fault for input that cannot be searched, and for a budget that no subnet can meet.
+    Raises a Fault for input that cannot be searched, and for a budget that no subnet can meet. Ctrl-C while subnets are
+    judged keeps the front of those that are, then goes on upwards. Of several processes only the first gets a result.
     """
-    say: Callable[[str], None] = print if progress else lambda line: None
     began = time.perf_counter()
+    resumed, folder = None, None
+    if config.resume is not None:
+        config, folder, resumed = reopen(config)
+    if config.tango:
+        config = tango.settings(config)
     budgets = [parse_budget(text) for text in config.budget]
-    device = parse_device(config.device)
+    check_form(config.objective, budgets)
     if config.cfg is None or config.data is None:
         raise Fault("--cfg and --data are needed: a model YAML with choices, and the YAML of a data set")
+    world = distributed.start(config.device)
+    progress = progress and world.is_first
+    say: Say = print if progress else lambda line: None
 
-    # The data, in three parts: training images for the weights, others for alphas and judging, validation to report.
-    data = read_data_spec(config.data)
-    train_split, val_split = read_labelled(data, "train"), read_labelled(data, "val")
-    weight_samples, judge_samples = split_train(train_split.samples)
-    say(
-        f"{config.data}: {len(weight_samples)} images train the weights, {len(judge_samples)} move alphas and judge, "
-        f"{len(val_split.samples)} only report"
-    )
-    for note in (*train_split.notes, *val_split.notes):
-        say(f"note: {note}")
+    with distributed.together(world):
+        # The data, in three parts: images for the weights, for alphas and judging, and to report.
+        data = read_data_spec(config.data)
+        train_split, val_split = read_labelled(data, "train"), read_labelled(data, "val")
+        weight_samples, judge_samples = split_train(train_split.samples)
+        say(
+            f"{config.data}: {len(weight_samples)} images train the weights, {len(judge_samples)} move alphas "
+            f"and judge, {len(val_split.samples)} only report"
+        )
+        for note in (*train_split.notes, *val_split.notes):
+            say(f"note: {note}")
+        weight_images = DetectionSet(weight_samples, config.imgsz, augmentation(config), config.seed)
+        judge_images = DetectionSet(judge_samples, config.imgsz, None, config.seed)
+        val_images = DetectionSet(val_split.samples, config.imgsz, None, config.seed)
 
-    # The space and what its subnets cost. A budget that cannot be met ends here, before anything is trained.
-    spec = describe(config, data, None, train_split.samples, say)
-    torch.manual_seed(config.seed)  # first weights
-    supernet = Supernet(spec, config.supernet)
-    check_imgsz(config.imgsz, supernet.network.max_stride)
-    space = SearchSpace.of(supernet.spec)
-    tables = cost_tables(resolve(supernet.spec), config.imgsz)
-    check_budgets(budgets, tables)
-    say(f"{spec.path}: {space.size:,} subnets from {len(space.choices)} choices, {config.supernet} supernet")
-    for metric, cost_table in tables.items():
-        least, most = cost_table.extreme(largest=False)[0], cost_table.extreme(largest=True)[0]
-        say(f"  {metric}: {format_cost(metric, least)} to {format_cost(metric, most)}")
-    if config.weights:
-        loaded, missing = warm_start(supernet.network, load_checkpoint(config.weights).state)
-        say(f"{config.weights}: {len(loaded)} of {len(loaded) + len(missing)} tensors loaded")
-    supernet.to(device)
-    supernet.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    check_latency(supernet, space, tables, budgets, config.imgsz, device, progress)
-
-    folder = new_run(config.project, config.name, config.exist_ok)
-    (folder / "subnets").mkdir(exist_ok=True)
-    save_config(folder / "config.yaml", config)
-    write_text(folder / "search.yaml", dump(supernet.spec))
+        # The space and what its subnets cost. A budget that cannot be met ends here, before anything is trained.
+        spec = resumed.spec if resumed else describe(config, data, None, train_split.samples, say)
+        torch.manual_seed(config.seed)  # first weights
+        supernet = Supernet(spec, config.supernet, config.norms)
+        check_imgsz(config.imgsz, supernet.network.max_stride)
+        space = SearchSpace.of(supernet.spec)
+        tables = cost_tables(resolve(supernet.spec), config.imgsz)
+        say(f"{spec.path}: {space.size:,} subnets from {len(space.choices)} choices, {config.supernet} supernet")
+        for metric, table in tables.items():
+            least, most = (table.extreme(largest)[0] for largest in (False, True))
+            say(f"  {metric}: {format_cost(metric, least)} to {format_cost(metric, most)}")
+        check_budgets(budgets, tables)
+        if config.weights and not resumed:
+            loaded, missing = warm_start(supernet.network, load_checkpoint(config.weights).state)
+            say(f"{config.weights}: {len(loaded)} of {len(loaded) + len(missing)} tensors loaded")
+        supernet.to(world.device)
+        supernet.network.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        latencies = None
+        if world.is_first and (config.latency_table or any(budget.metric == "latency_ms" for budget in budgets)):
+            latencies = find_latencies(supernet, config, folder, world.device, progress)
+            say("\n".join(latencies.lines()))
+        if folder is None and world.is_first:
+            check_budgets(budgets, tables | ({"latency_ms": latencies.cost} if latencies else {}))
+            counts = {"weights": len(weight_images), "judging": len(judge_images), "validation": len(val_images)}
+            folder = start_folder(config, supernet, space, latencies, counts)
+    tables |= to_all(latencies, tables["macs"], world)
+    folder = Path(distributed.gather_objects(str(folder), world)[0])
     say(f"results in {folder}")
 
-    # Train, propose, judge.
-    weight_images = DetectionSet(weight_samples, config.imgsz, augmentation(config), config.seed)
-    judge_images = DetectionSet(judge_samples, config.imgsz, None, config.seed)
-    train_supernet(supernet, weight_images, judge_images, budgets, tables, config, folder, device, progress, say)
-    proposed = propose(
-        supernet, space, tables, budgets, config.candidates, np.random.default_rng((config.seed, PROPOSAL))
+    # Train. What follows is the work of one process.
+    train_supernet(
+        supernet, weight_images, judge_images, budgets, tables, config, folder, world, progress, say, data.names
     )
-    if not proposed:
-        raise Fault(f"no subnet was found within {', '.join(map(str, budgets))} together; one of them alone can be met")
-    calibration = list(calibration_images(weight_images, config.calibration, config.seed, device))
-    networks = {one: supernet.derive(one.picks).eval() for one in proposed}
-    costs = subnet_costs(networks, tables, budgets, config.imgsz, device, progress)
-    kept = list(costs)
-    found = judge(
-        [networks[one] for one in kept],
-        first_choice(supernet.network, [choice.name for choice in space.choices]),
-        calibration,
-        judge_images,
-        names=data.names,
-        batch_size=config.batch_size,
-        device=device,
-        progress=progress,
+    distributed.finish()
+    if not world.is_first:
+        return None
+
+    # Judge.
+    calibration = list(calibration_images(weight_images, config.calibration, config.seed, world.device))
+    trial = Trial(
+        supernet, space, tables, budgets, config, calibration, judge_images, data.names, world.device, progress
     )
-    judged = [
-        Judged(space.index(one), one, measured.ap, measured.ap50, costs[one])
-        for one, measured in zip(kept, found, strict=True)
-    ]
+    judged: dict[Architecture, Judged] = {}
+    stopped = False
+    try:
+        find(trial, judged, folder)
+    except KeyboardInterrupt:
+        if not judged:
+            raise
+        stopped = True
+        say(f"stopped; this is the front of the {len(judged)} subnets that were judged until now")
 
     # The front and its files.
-    metrics = [*dict.fromkeys(budget.metric for budget in budgets)] or ["macs"]
-    front = on_front(judged, metrics)
-    best = max(range(len(judged)), key=lambda number: (judged[number].ap, -judged[number].costs["macs"]))
-    write_front(folder / "front.csv", space, judged, front)
-    draw_front(folder / "front.png", judged, front, metrics, best, budgets)
-    for number, one in enumerate(judged):
-        if front[number] or number == best:
-            save_subnet(folder / "subnets" / f"{one.number}", networks[one.architecture], one, data.names, config.imgsz)
-    winner = judged[best]
-    network = networks[winner.architecture]
+    found = list(judged.values())
+    metrics = trial.metrics
+    front = on_front(found, metrics)
+    best = max(range(len(found)), key=lambda place: (found[place].ap, -found[place].costs["macs"]))
+    write_front(folder / "front.csv", space, found, front)
+    draw_front(folder / "front.png", found, front, metrics, best, budgets)
+    (folder / "subnets").mkdir(exist_ok=True)
+    shown = sorted((one for one, on in zip(found, front, strict=True) if on), key=lambda one: -one.ap)
+    for one in {found[best].number: found[best], **{one.number: one for one in shown}}.values():
+        save_subnet(folder / "subnets" / f"{one.number}", calibrated(trial, one), one, data.names, config.imgsz)
+    winner = found[best]
+    network = calibrated(trial, winner)
     save_subnet(folder / "best", network, winner, data.names, config.imgsz)
-    val_images = DetectionSet(val_split.samples, config.imgsz, None, config.seed)
-    reached = evaluate(
-        network, val_images, names=data.names, batch_size=config.batch_size, device=device, progress=progress
-    )
-    say(f"\nfront over AP and {', '.join(metrics)} ({len(judged)} subnets judged on {len(judge_images)} images):")
-    say(front_table(judged, front))
+    if config.tango:
+        tango.write_final(folder, supernet)
+    say(f"\nfront over AP and {', '.join(metrics)} ({len(found)} subnets judged on {len(judge_images)} images):")
+    say(front_table(found, front))
     say(f"\nbest: subnet {winner.number}, {winner.architecture}")
     say(f"alpha alone would pick: {argmax(supernet)}")
+    if stopped:
+        write_report(folder)
+        raise KeyboardInterrupt(f"stopped; {folder / 'front.csv'} has the front; judging anew: --resume {folder}")
+    reached = evaluate(
+        network, val_images, names=data.names, batch_size=config.batch_size, device=world.device, progress=progress
+    )
     say(f"with inherited weights on {len(val_images)} validation images: AP {reached.ap:.3f}, AP50 {reached.ap50:.3f}")
-    say(f"{folder / 'best.yaml'}\n{folder / 'best.pt'}\n{folder / 'front.csv'}\n{folder / 'front.png'}")
+
+    # Some of them trained on, and the page that shows it all.
+    if config.retrain:
+        rows = retrain(
+            shown[: config.retrain],
+            lambda one: supernet.derive(one.architecture.picks).eval(),
+            folder,
+            config,
+            data,
+            val_images,
+            world.device,
+            progress,
+            say,
+        )
+        say(f"\nAP on the validation images:\n{retrain_table(rows)}")
+    page = write_report(folder)
+    for path in (page, folder / "front.csv", folder / "front.png", folder / "best.yaml", folder / "best.pt"):
+        say(str(path))
     say(f"{time.perf_counter() - began:.0f} s; train it on with: python train.py --weights {folder / 'best.pt'} ...")
-    return SearchResult(folder, tuple(judged), tuple(front), folder / "best.pt", folder / "best.yaml", reached)
+    return SearchResult(folder, tuple(found), tuple(front), folder / "best.pt", folder / "best.yaml", reached)
 
 
 def split_train(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -184,184 +205,49 @@ def split_train(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     return [s for s in samples if s.path not in judging], [s for s in samples if s.path in judging]
 
 
-def train_supernet(
-    supernet: Supernet,
-    weight_images: DetectionSet,
-    judge_images: DetectionSet,
-    budgets: Sequence[Budget],
-    tables: dict[str, CostTable],
+def find_latencies(
+    supernet: Supernet, config: SearchConfig, folder: Path | None, device: torch.device, progress: bool
+) -> LatencyTable:
+    """The table of this device: the one that a resumed search began with, the one that was given, or a new one."""
+    graph = resolve(supernet.spec)
+    known = folder / "latency.json" if folder else config.latency_table
+    if known:
+        return read_table(known, graph, config.imgsz, device=device, runtime=config.runtime, progress=progress)
+    return latency_table(
+        graph, config.imgsz, device=device, runtime=config.runtime, seed=config.seed, progress=progress
+    )
+
+
+def to_all(latencies: LatencyTable | None, like: CostTable, world: distributed.World) -> dict[str, CostTable]:
+    """The first process's latencies in every process, as the cost table ``latency_ms``; nothing where it has none."""
+    cost = latencies.cost if latencies else None
+    numbers = [cost.fixed, *(values.tolist() for _, values in cost.rows)] if cost else None
+    found = distributed.gather_objects(numbers, world)[0]
+    if found is None:
+        return {}
+    rows = tuple((choices, np.array(values)) for (choices, _), values in zip(like.rows, found[1:], strict=True))
+    return {"latency_ms": CostTable("latency_ms", found[0], rows)}
+
+
+def start_folder(
     config: SearchConfig,
-    folder: Path,
-    device: torch.device,
-    progress: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Weight steps on one part of the training images, steps of the architecture parameters on the other.
-
-    A weight step runs one subnet, strictly fair over the options. The weights end as their moving average; the
-    architecture parameters are those of the last step, never averaged.
-    """
-    network = supernet.network
-    batch_size = min(config.batch_size, len(weight_images))
-    steps_per_epoch = math.ceil(len(weight_images) / batch_size)
-    total_steps = config.epochs * steps_per_epoch
-    arch_from = round(config.arch_warmup * total_steps)
-    arch_steps = max(0, (total_steps - arch_from)) // config.arch_every
-    if arch_steps < 1:
-        raise Fault(
-            f"--epochs {config.epochs}: {total_steps} steps leave none for the architecture parameters, which move "
-            f"every {config.arch_every} steps after {arch_from}; more epochs or a smaller batch would be right"
-        )
-    chosen = choose_optimizer(config.optimizer, total_steps)
-    lr = config.lr0 or LEARNING_RATES[chosen]
-    optimizer = make_optimizer(network, chosen, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    arch_lr = config.arch_lr or min(max(ALPHA_REACH / arch_steps, SLOWEST_ALPHA), FASTEST_ALPHA)
-    arch_optimizer = torch.optim.Adam(supernet.alphas, lr=arch_lr, betas=(0.0, 0.999))  # ProxylessNAS's betas
-    ema = averaged(network, total_steps)
-    warmup_steps = warmup_length(config.warmup_epochs, steps_per_epoch, total_steps)
-    calm_from = config.epochs - closing_epochs(config) + 1
-    priced = [budget for budget in budgets if budget.metric in tables]
-    prices = Prices(lambdas=(1.0,) * len(priced))
-    say(f"{chosen}, lr {lr:g}, {total_steps} weight steps; {arch_steps} steps of alpha, lr {arch_lr:.2g}")
-
-    first = next(iter(batches(weight_images, batch_size, epoch=1, seed=config.seed, shuffle=True)))
-    supernet.activate(supernet.picks(fair_options(supernet.decisions, config.seed, 0)))
-    amp, reason = choose_amp(config.amp, network, first, device, total_steps)
-    say(reason)
-    judge_batches = endless(judge_images, batch_size, config.seed)
-    history: list[dict[str, Any]] = []
-    step = 0
-    bar = tqdm(total=total_steps, desc="supernet", unit="step", disable=not progress, leave=False)
-    for epoch in range(1, config.epochs + 1):
-        network.train()
-        if epoch == calm_from:
-            assert weight_images.augment is not None
-            weight_images.set_augment(replace(weight_images.augment, mosaic=0.0))
-        for batch in batches(
-            weight_images, batch_size, epoch=epoch, seed=config.seed, shuffle=True, workers=config.workers
-        ):
-            supernet.activate(supernet.picks(fair_options(supernet.decisions, config.seed, step)))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * lr_factor(step, total_steps, warmup_steps, config.lrf)
-            with autocast(device, amp):
-                outputs, _ = network(pixels(batch, device))
-            loss, parts = network.loss_from(outputs, batch.targets.to(device))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise no_number("loss", {"loss": loss, **parts}, epoch, step, folder / "best.pt")
-            (loss * (NOMINAL_BATCH if chosen == "SGD" else 1)).backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 10.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # weights that a step does not sample must not move by momentum
-            ema.update_parameters(network)
-            step += 1
-            if step > arch_from and (step - arch_from) % config.arch_every == 0:
-                held_out = next(judge_batches)
-                rng = np.random.default_rng((config.seed, ARCHITECTURE, step))
-                decided = drawn_options(supernet.decisions, supernet.probabilities(), rng)
-                with autocast(device, amp):
-                    held_value, prices = architecture_step(
-                        supernet,
-                        arch_optimizer,
-                        pixels(held_out, device),
-                        held_out.targets.to(device),
-                        decided,
-                        prices,
-                        budgets=priced,
-                        tables=tables,
-                        progress=step / total_steps,
-                    )
-                bar.set_postfix(loss=f"{value:.3g}", held_out=f"{held_value:.3g}", lr=f"{group['lr']:.2g}")
-            bar.update()
-        history += alpha_rows(supernet, step)
-        write_csv(folder / "alphas.csv", history)
-    bar.close()
-    network.load_state_dict(ema.module.state_dict())
-
-
-def endless(images: DetectionSet, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches for ever, in a fresh order every time round."""
-    epoch = 0
-    while True:
-        epoch += 1
-        yield from batches(images, min(batch_size, len(images)), epoch=epoch, seed=seed, shuffle=True)
-
-
-def alpha_rows(supernet: Supernet, step: int) -> list[dict[str, Any]]:
-    """A row for every option of every decision: its alpha and probability after `step` steps."""
-    return [
-        {"step": step, "choice": decision.name, "option": option, "alpha": float(alpha), "probability": float(p)}
-        for decision, alphas in zip(supernet.decisions, supernet.alphas, strict=True)
-        for option, alpha, p in zip(decision.options, alphas.detach(), alphas.detach().softmax(dim=0), strict=True)
-    ]
-
-
-def check_latency(
     supernet: Supernet,
     space: SearchSpace,
-    tables: dict[str, CostTable],
-    budgets: Sequence[Budget],
-    imgsz: int,
-    device: torch.device,
-    progress: bool,
-) -> None:
-    """Raises a Fault for a latency that not even the subnets of fewest multiply-adds reach, before anything is trained.
-
-    Options that MACs do not tell apart, such as activations, are tried in turn, all choices alike.
-    """
-    limits = [budget for budget in budgets if budget.metric == "latency_ms"]
-    if not limits:
-        return
-    least, cheapest = tables["macs"].extreme(largest=False)
-    variants = {cheapest: None}
-    for turn in range(max(len(choice.options) for choice in space.choices)):
-        picks = dict(cheapest.picks)
-        for choice in space.choices:
-            swapped = {**picks, choice.name: choice.options[turn % len(choice.options)]}
-            picks = swapped if tables["macs"].of(Architecture(swapped)) == least else picks
-        variants[Architecture(picks)] = None
-    networks = [supernet.derive(one.picks) for one in variants]
-    smallest = min(measure_ms(networks, imgsz, device=device, progress=progress))
-    for budget in limits:
-        if smallest > budget.limit:
-            raise Fault(
-                f"--budget {budget}: no subnet can meet it on this device; the smallest latency, of those with the "
-                f"fewest multiply-adds, is latency_ms={smallest:.3f}"
-            )
-
-
-def subnet_costs(
-    networks: dict[Architecture, Network],
-    tables: dict[str, CostTable],
-    budgets: Sequence[Budget],
-    imgsz: int,
-    device: torch.device,
-    progress: bool,
-) -> dict[Architecture, dict[str, float]]:
-    """What the proposed subnets cost: counted, and measured on this device; only those within every budget."""
-    measured = measure_ms(list(networks.values()), imgsz, device=device, progress=progress)
-    costs = {
-        one: {metric: table.of(one) for metric, table in tables.items()} | {"latency_ms": latency}
-        for one, latency in zip(networks, measured, strict=True)
-    }
-    kept = {one: found for one, found in costs.items() if within(found, budgets)}
-    if not kept:
-        least = min(found["latency_ms"] for found in costs.values())
-        limit = next(budget for budget in budgets if budget.metric == "latency_ms")
-        raise Fault(
-            f"--budget {limit}: none of {len(costs)} subnets measured on this device meets it, the cheapest one "
-            f"included; the smallest latency was latency_ms={least:.3f}"
-        )
-    return kept
-
-
-def save_subnet(path: Path, network: Network, judged: Judged, names: Sequence[str], imgsz: int) -> None:
-    """``path.yaml`` and ``path.pt``: a plain model file and checkpoint, for train.py, val.py and detect.py alike."""
-    costs = ", ".join(f"{metric} {format_cost(metric, value)}" for metric, value in judged.costs.items())
-    comment = f"subnet {judged.number}: {judged.architecture}\njudged AP {judged.ap:.4f}, {costs} at {imgsz} px"
-    write_text(path.with_suffix(".yaml"), dump(network.spec, comment))
-    picks = {name: list(pick) if isinstance(pick, tuple) else pick for name, pick in judged.architecture.picks.items()}
-    save_checkpoint(path.with_suffix(".pt"), network, names, imgsz=imgsz, subnet=judged.number, picks=picks)
+    latencies: LatencyTable | None,
+    images: Mapping[str, int],
+) -> Path:
+    """A folder for this search with all that is known before it begins; `images` counts those of each part."""
+    folder = new_run(config.project, config.name, config.exist_ok)
+    for name in ("last.pt", "latency.json", "losses.csv", "front.csv", "retrain.csv"):  # of the search before
+        (folder / name).unlink(missing_ok=True)
+    save_config(folder / "config.yaml", config)
+    write_text(folder / "search.yaml", dump(supernet.spec))
+    choices = [{"name": choice.name, "options": choice.options} for choice in space.choices]
+    content = {"hash": space.hash, "size": space.size, "choices": choices, "images": dict(images)}
+    write_text(folder / "space.json", json.dumps(content))
+    if latencies:
+        write_table(folder / "latency.json", latencies)
+    return folder
 
 
 @door

@@ -33,3 +33,24 @@ def drawn_options(
         weights = probabilities[decision.name].detach().double().cpu().numpy()
         decided[decision.name] = decision.options[rng.choice(len(weights), p=weights / weights.sum())]
     return decided
+
+
+def drawn_pairs(
+    decisions: Sequence[Choice],
+    probabilities: Mapping[str, Tensor],
+    decided: Mapping[str, Any],
+    rng: np.random.Generator,
+) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """A second option beside the one that was drawn for every decision, by the probabilities of those that are left;
+    and which of the two runs, by their probabilities alone. Returns what runs, and the pairs.
+    """
+    pairs, running = {}, {}
+    for decision in decisions:
+        weights = probabilities[decision.name].detach().double().cpu().numpy()
+        first = decision.index(decided[decision.name])
+        left = np.where(np.arange(len(weights)) == first, 0, weights)
+        second = int(rng.choice(len(weights), p=left / left.sum()))
+        runs = first if rng.random() * (weights[first] + weights[second]) < weights[first] else second
+        pairs[decision.name] = (decision.options[first], decision.options[second])
+        running[decision.name] = decision.options[runs]
+    return running, pairs

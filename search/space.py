@@ -11,17 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.structures import Fault
-from models.spec import Choice, ModelSpec
+from models.spec import Choice, ModelSpec, clip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """One subnet: the option picked for every choice, by the choice's name."""
 
     picks: Mapping[str, Any]
 
+    def _key(self) -> tuple[tuple[str, str], ...]:
+        # by text: as dictionary keys 1, 1.0 and True are one option, in a YAML they are three
+        return tuple(sorted((name, repr(option)) for name, option in self.picks.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Architecture) and self._key() == other._key()
+
     def __hash__(self) -> int:
-        return hash(tuple(sorted(self.picks.items(), key=lambda item: item[0])))
+        return hash(self._key())
 
     def __str__(self) -> str:
         return " ".join(f"{name}={option}" for name, option in self.picks.items())
@@ -29,7 +36,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All choices of a normalized spec, in the order of its rows."""
+    """All choices of a normalized spec, in the order of its rows.
+
+    Where a row has a choice for each bottleneck (``16.kernel.0``, ``16.kernel.1``, ...) and its `number` is open too,
+    those behind the picked number decide nothing: architectures that differ in them alone are different numbers of this
+    space, with equal costs, and one network: `canonical` gives the same for all of them.
+    """
 
     choices: tuple[Choice, ...]
 
@@ -56,9 +68,11 @@ class SearchSpace:
         for choice in self.choices:
             if choice.name not in architecture.picks:
                 faults.append(f"architecture has no pick for choice {choice.name!r}")
-            elif architecture.picks[choice.name] not in choice.options:
-                pick = architecture.picks[choice.name]
-                faults.append(f"choice {choice.name!r} has no option {pick!r}; options are {list(choice.options)}")
+            else:
+                try:
+                    choice.index(architecture.picks[choice.name])
+                except ValueError as problem:
+                    faults.append(str(problem))
         known = {choice.name for choice in self.choices}
         faults += [
             f"architecture picks for unknown choice {name!r}" for name in architecture.picks if name not in known
@@ -74,7 +88,7 @@ class SearchSpace:
         """The architecture's number, 0 to size - 1: mixed radix, the last choice moving fastest."""
         number = 0
         for choice in self.choices:
-            number = number * len(choice.options) + choice.options.index(architecture.picks[choice.name])
+            number = number * len(choice.options) + choice.index(architecture.picks[choice.name])
         return number
 
     def at(self, number: int) -> Architecture:
@@ -87,17 +101,37 @@ class SearchSpace:
             picks[choice.name] = choice.options[place]
         return Architecture({choice.name: picks[choice.name] for choice in self.choices})
 
+    def canonical(self, architecture: Architecture) -> Architecture:
+        """The same network with every choice that decides nothing at its first option: equal for equal networks.
+
+        As a key, it spares judging a network twice. It has a number of its own; the others keep theirs.
+        """
+        picks = {choice.name: architecture.picks[choice.name] for choice in self.choices}
+        for choice in self.choices:
+            row, *rest = choice.name.split(".")
+            if len(rest) == 2 and int(rest[1]) >= picks.get(f"{row}.number", math.inf):  # 16.kernel.2 of two
+                picks[choice.name] = choice.options[0]
+        return Architecture(picks)
+
     def to_json(self, architecture: Architecture) -> str:
         """Canonical text, with the hash of the space it belongs to."""
         picks = {choice.name: architecture.picks[choice.name] for choice in self.choices}
         return json.dumps({"space": self.hash, "picks": picks}, separators=(",", ":"))
 
     def from_json(self, text: str) -> Architecture:
-        """Raises `Fault` for an architecture of another space."""
-        content = json.loads(text)
-        if content.get("space") != self.hash:
-            raise Fault(f"this architecture belongs to space {content.get('space')!r}, this one is {self.hash!r}")
-        lists = {name: tuple(pick) if isinstance(pick, list) else pick for name, pick in content["picks"].items()}
-        architecture = Architecture(lists)
+        """The inverse of `to_json`. Raises `Fault` for an architecture of another space, or what is none."""
+        try:
+            content = json.loads(text)
+            space, picks = content["space"], dict(content["picks"])
+        except (ValueError, TypeError, KeyError):
+            raise Fault(f'an architecture is {{"space": ..., "picks": {{...}}}}, got {clip(text)}') from None
+        if space != self.hash:
+            raise Fault(f"this architecture belongs to space {space!r}, this one is {self.hash!r}")
+        architecture = Architecture({name: _tuples(pick) for name, pick in picks.items()})
         self.check(architecture)
         return architecture
+
+
+def _tuples(value: Any) -> Any:
+    """An option as it was before it became JSON, which has lists only."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

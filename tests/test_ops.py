@@ -200,7 +200,7 @@ def test_an_option_is_the_same_whichever_is_active():
         primitives.conv(2, 2, kernel),
         primitives.activation(act),
         primitives.norm(2, feeds=act),
-        primitives.repeat(number, lambda: nn.Conv2d(2, 2, 1)),
+        primitives.repeat(number, lambda _: nn.Conv2d(2, 2, 1)),
     ]
     for leaf in leaves:
         scramble(leaf.eval())

@@ -326,7 +326,7 @@ BOMBS = {
     "documents": ("---\n" * 25_000, "a second document begins here"),
     "nothing": ("", "the file is empty"),
 }
-RUN = '''
+RUN = """
 import json, resource, sys, time
 from pathlib import Path
 from data.structures import Fault
@@ -345,7 +345,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
         lines = list(fault.lines)
     took = time.process_time() - start
     print(json.dumps({"file": path.name, "lines": lines, "seconds": took, "KiB": most()}))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

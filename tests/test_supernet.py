@@ -1,18 +1,17 @@
-"""Supernets: what is shared, what gets a gradient, and that a derived network is the subnet."""
+"""Supernets: what is shared, and that a derived network is the subnet. Gradients are in test_gradients.py."""
 
 from __future__ import annotations
 
 import random
-from copy import deepcopy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.structures import Targets
 from engine.calibrate import calibrate
 from models.cost import count_params
-from models.elastic import ElasticConv2d, elastic_leaves, mixing
+from models.elastic import ElasticConv2d, elastic_leaves
 from models.network import build, head_maximum
 from models.parse import dump, parse_text
 from models.spec import Choice
@@ -71,99 +70,6 @@ def homogeneous(net: Supernet) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_candidate_weight_gets_a_gradient(kind):
-    """Independent: within one fair window. Shared: a norm of one activation in the last bottleneck of a row waits until
-    activation and depth meet, which the independent queues do within a few windows.
-    """
-    from search.sampling import fair_options
-
-    net = supernet(kind).train()
-    images, targets = a_batch()
-    for step in range(6 if kind == "independent" else 48):
-        net.activate(net.picks(fair_options(net.decisions, seed=0, step=step)))
-        net.network.loss(images, targets)[0].backward()
-    without = [name for name, p in net.network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert without == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_the_sampled_options_get_a_gradient_from_one_step(kind):
-    net = supernet(kind).train()
-    images, targets = a_batch()
-    picks = homogeneous(net)[0]  # 3x3, relu, depth 1
-    net.activate(picks)
-    net.network.loss(images, targets)[0].backward()
-    if kind == "shared":
-        convs = [m for m in net.network.modules() if isinstance(m, ElasticConv2d)]
-        ring = torch.ones(5, 5, dtype=torch.bool)
-        ring[1:4, 1:4] = False
-        used = [conv for conv in convs if conv.weight.grad is not None]
-        assert used and len(used) < len(convs)  # the deeper bottlenecks were not run
-        for conv in used:
-            assert conv.weight.grad[:, :, 1:4, 1:4].abs().sum() > 0
-            assert conv.weight.grad[:, :, ring].abs().sum() == 0
-    else:
-        for _, row in elastic_leaves(net.network):
-            for option, candidate in zip(row.choice.options, row.candidates, strict=True):
-                grads = [p.grad for p in candidate.parameters()]
-                assert all((g is not None) == (option == row.active) for g in grads)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gate_gradients_equal_central_differences_in_float64(kind):
-    """y = sum_k g_k o_k at the sampled point, chained through the softmax, for every alpha of the network.
-
-    The loss is smooth in the head's logits: the detection loss holds its own objectness target constant.
-    """
-    net = supernet(kind, torch.float64).train()
-    images, _ = a_batch(torch.float64)
-    goals = [torch.randn(y.shape, dtype=y.dtype) for y in net.network(images)[0]]
-
-    def loss(network: nn.Module) -> Tensor:
-        return sum(((y - goal) ** 2).mean() for y, goal in zip(network(images)[0], goals, strict=True))
-
-    for picks in architectures(net, 2):
-        _, gradients = net.gate_gradients(picks, loss)
-        gates = {name: gate.detach() for name, gate in net.one_hot(picks).items()}
-        step = 1e-6
-        for decision, alpha in zip(net.decisions, net.alphas, strict=True):
-            numeric = torch.zeros_like(gates[decision.name])
-            for k in range(len(decision.options)):
-                values = []
-                for sign in (1, -1):
-                    moved = {name: gate.clone() for name, gate in gates.items()}
-                    moved[decision.name][k] += sign * step
-                    with torch.no_grad(), mixing(net.network, moved):
-                        values.append(float(loss(net.network)))
-                numeric[k] = (values[0] - values[1]) / (2 * step)
-            torch.testing.assert_close(gradients[decision.name], numeric, rtol=1e-3, atol=1e-8)
-            p = alpha.detach().softmax(0)
-            jacobian = torch.diag(p) - torch.outer(p, p)
-            alpha.grad = None
-            net.set_alpha_gradients(gradients)
-            torch.testing.assert_close(alpha.grad, jacobian @ numeric, rtol=1e-3, atol=1e-8)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_architecture_step_leaves_weights_and_norms_as_they_are_and_moves_alphas(kind):
-    from search.objective import Prices, architecture_step
-
-    net = supernet(kind).train()
-    images, targets = a_batch()
-    before = deepcopy(net.network.state_dict())
-    optimizer = torch.optim.Adam(net.alphas, lr=0.01, betas=(0.0, 0.999))
-    decided = {d.name: d.options[0] for d in net.decisions}
-    architecture_step(net, optimizer, images, targets, decided, Prices())
-    for name, tensor in net.network.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            assert torch.equal(tensor, before[name]), name
-    assert all(alpha.abs().sum() > 0 for alpha in net.alphas)
-    assert all(p.grad is None for p in net.network.parameters())
-    assert all(p.requires_grad for p in net.network.parameters())
-    assert all(leaf.gates is None for _, leaf in elastic_leaves(net.network))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_derived_network_is_the_activated_subnet_after_calibration(kind):
     net = supernet(kind)
     images, targets = a_batch()
@@ -193,115 +99,3 @@ def test_the_3x3_kernel_is_the_centre_of_the_5x5():
     with torch.no_grad():
         conv.weight.copy_(ring)
     torch.testing.assert_close(conv.option(5, x), small)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_running_statistics_do_not_move_while_a_supernet_trains(kind):
-    net = supernet(kind).train()
-    images, targets = a_batch()
-    net.network.loss(images, targets)
-    for module in net.network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean.abs().sum() == 0 and (module.running_var == 1).all()
-
-
-def test_calibration_pools_moments_exactly_over_unequal_batches():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).eval()
-    batches = [torch.randn(4, 3, 8, 8), torch.randn(2, 3, 8, 8) * 3 + 1]
-    calibrate(network, batches)
-    y = torch.cat([network[0](batch) for batch in batches])
-    torch.testing.assert_close(network[1].running_mean, y.mean((0, 2, 3)))
-    torch.testing.assert_close(network[1].running_var, y.var((0, 2, 3)))
-    assert not network.training and network[1].momentum == 0.1
-
-
-def test_a_planted_best_option_is_found_and_under_a_heavy_price_the_cheapest():
-    """The weights are trained with 5x5 only, so that 3x3 is worse by construction; then only alphas move."""
-    import numpy as np
-
-    from models.graph import resolve
-    from search.costs import Budget, cost_tables
-    from search.objective import Prices, architecture_step
-    from search.sampling import drawn_options
-
-    torch.manual_seed(0)
-    text = SPECS["shared"].replace("{choice: [relu, leaky, mish]}", "mish").replace("{choice: [1, 2, 3]}", "1")
-    text = text.replace("MBottleneckCSP2, [16]", "BottleneckCSP2, [16]")
-    net = Supernet(parse_text(text), "shared").train()
-    (choice,) = net.decisions
-    images, targets = a_batch()
-    net.activate({choice.name: 5})
-    optimizer = torch.optim.AdamW(net.network.parameters(), lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad(set_to_none=True)
-        net.network.loss(images, targets)[0].backward()
-        optimizer.step()
-    tables = cost_tables(resolve(net.spec), 64)
-    least = tables["macs"].extreme(largest=False)[0]
-
-    def searched(price: float) -> int:
-        with torch.no_grad():
-            for alpha in net.alphas:
-                alpha.zero_()
-        alphas = torch.optim.Adam(net.alphas, lr=0.02, betas=(0.0, 0.999))
-        prices = Prices(lambdas=(price,))
-        budgets = [Budget("macs", least)]
-        for step in range(200):
-            drawn = drawn_options(net.decisions, net.probabilities(), np.random.default_rng((0, step)))
-            _, prices = architecture_step(
-                net, alphas, images, targets, drawn, prices, budgets=budgets, tables=tables, progress=step / 200
-            )
-            if not price:
-                prices = Prices(prices.mean_loss, (0.0,))
-        return choice.options[int(net.alphas[0].argmax())]
-
-    assert searched(price=0.0) == 5
-    assert searched(price=1e4) == 3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_judging_together_equals_calibrating_and_measuring_one_by_one(kind, tmp_path):
-    from data.config import read_data_spec
-    from data.dataset import DetectionSet
-    from data.readers import read_split
-    from data.shapes import draw_shapes
-    from engine.evaluate import evaluate
-    from search.judge import first_choice, judge
-
-    data = read_data_spec(draw_shapes(tmp_path, train=6, val=2, size=64, seconds=0))
-    images = DetectionSet(read_split(data, "train").samples, 64)
-    calibration = [torch.rand(4, 3, 64, 64), torch.rand(2, 3, 64, 64)]
-    net = supernet(kind).eval()
-    picked = architectures(net, 4)
-    start = first_choice(net.network, [choice.name for choice in net.spec.choices])
-    assert start == 2
-    device = torch.device("cpu")
-    together = [net.derive(picks) for picks in picked]
-    names = ["a", "b", "c"]
-    found = judge(together, start, calibration, images, names=names, batch_size=4, device=device, progress=False)
-    for picks, network, metrics in zip(picked, together, found, strict=True):
-        alone = net.derive(picks)
-        calibrate(alone, calibration)
-        expected = evaluate(alone, images, names=names, batch_size=4, progress=False)
-        assert alone.state_dict().keys() == network.state_dict().keys()
-        for name, tensor in network.state_dict().items():
-            torch.testing.assert_close(tensor, alone.state_dict()[name], rtol=1e-5, atol=1e-6)
-        assert metrics.ap == pytest.approx(expected.ap, abs=1e-6)
-
-
-def test_calibration_comes_in_batches_of_32_without_augmentation(tmp_path):
-    from data.augment import Augment
-    from data.config import read_data_spec
-    from data.dataset import DetectionSet
-    from data.readers import read_split
-    from data.shapes import draw_shapes
-    from engine.evaluate import calibration_images
-
-    data = read_data_spec(draw_shapes(tmp_path, train=70, val=1, size=32, seconds=0))
-    images = DetectionSet(read_split(data, "train").samples, 32, Augment(), seed=3)
-    found = list(calibration_images(images, 40, 0, "cpu"))
-    assert [len(batch) for batch in found] == [32, 32]
-    again = list(calibration_images(images.at_epoch(5), 40, 0, "cpu"))
-    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
-    assert images.augment is not None  # the set itself is left as it was

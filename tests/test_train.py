@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +93,8 @@ def arguments(options: dict[str, Any]) -> list[str]:
 
 def tensors(value: Any, name: str = "") -> dict[str, Any]:
     """Every tensor and plain value of a checkpoint by its path in it."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         return {k: v for key, item in value.items() for k, v in tensors(item, f"{name}.{key}").items()}
     return {name: value}
@@ -131,9 +135,9 @@ class Killed(BaseException):
     """As good as kill -9: nothing catches it."""
 
 
-def kill_before(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """In place of its ``call``-th call, ``engine.train.<name>`` kills the run."""
-    real, calls = getattr(training, name), [0]
+def kill_before(monkeypatch: pytest.MonkeyPatch, name: str, call: int, module: Any = training) -> None:
+    """In place of its ``call``-th call, a function of ``module`` kills the run."""
+    real, calls = getattr(module, name), [0]
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -141,7 +145,7 @@ def kill_before(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, name, deadly)
+    monkeypatch.setattr(module, name, deadly)
 
 
 # ---- a run ----
@@ -222,6 +226,27 @@ def test_kill_minus_nine_while_a_checkpoint_is_written(whole: Path, options: dic
     assert_same(whole / "last.pt", folder / "last.pt")
     assert columns(whole) == columns(folder)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_kill_minus_nine_at_any_moment(whole: Path, options: dict[str, Any]) -> None:
+    seconds = sum(float(row["seconds"]) for row in read_csv(whole / "results.csv"))
+    code = "import sys; from engine.train import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-u", "-c", code, *arguments(options)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        assert child.stdout is not None and any(line.startswith("results in") for line in child.stdout)
+        moment = random.uniform(0, seconds)
+        time.sleep(moment)
+        child.send_signal(signal.SIGKILL)
+    print(f"killed {moment:.2f} s into {seconds:.2f} s")
+    folder = options["project"] / "exp"
+    if (folder / "last.pt").exists():
+        state = load_checkpoint(folder / "last.pt").training
+        if state is not None and state["epoch"] < 4:
+            train(TrainConfig(resume=folder), progress=False)
+    else:  # in its first epoch there was nothing to go on with
+        train(train_config({**options, "exist_ok": True}), progress=False)
+    assert_same(whole / "last.pt", folder / "last.pt")
+    assert columns(whole) == columns(folder)
 
 
 def test_control_c_says_how_to_go_on(
@@ -385,7 +410,7 @@ def test_mosaics_close_before_the_end(options: dict[str, Any], monkeypatch: pyte
 
     monkeypatch.setattr(training, "batches", spy)
     train(train_config({**options, "close_mosaic": 2}), progress=False)
-    assert seen[1:] == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)]
+    assert seen[2:] == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)]
     closing = [training.closing_epochs(TrainConfig(epochs=epochs)) for epochs in (1, 2, 30, 300)]
     assert closing == [0, 1, 3, 10]
 

@@ -4,6 +4,8 @@ BottleneckCSP and BottleneckCSP2 follow ScaledYOLOv4 (arXiv 2011.08036): a plain
 the second branch, and one batch norm and activation work on their concatenation. C3 is what yolov5 made of the first
 since its v4.0: three blocks of convolution, norm and activation, and nothing after the concatenation. VoVCSP is the
 one-shot aggregation of VoVNet (arXiv 1904.09730) on half of the channels.
+
+Kernel and activation may differ from bottleneck to bottleneck; the rest of a block has the first one's activation.
 """
 
 from __future__ import annotations
@@ -16,7 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from models.ops.conv import Conv
-from models.ops.primitives import DEFAULT, Act, Count, Fraction, Kernel, Width, activation, conv, norm, repeat
+from models.ops.primitives import (
+    DEFAULT,
+    Act,
+    Acts,
+    Count,
+    Fraction,
+    Kernel,
+    Kernels,
+    Width,
+    activation,
+    conv,
+    each,
+    norm,
+    repeat,
+)
 from models.registry import Shape, one_to_one, register_op
 
 
@@ -43,6 +59,9 @@ def csp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
 class Bottleneck(nn.Module):
     """1x1 convolution, then `kernel` x `kernel`; added to the input where `shortcut` is asked for and channels agree.
 
+    Where it is added, the last norm starts with a scale of 0, so that a new network begins as its shortcuts alone and
+    grows deep as it learns (Goyal et al., arXiv 1706.02677, section 5.1). In short runs it helps: docs/architecture.md.
+
     Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
     """
 
@@ -62,10 +81,24 @@ class Bottleneck(nn.Module):
         self.cv1 = Conv(c_in, hidden, 1, act=act)
         self.cv2 = Conv(hidden, c_out, kernel, groups=groups, act=act)
         self.add = shortcut and c_in == c_out
+        if self.add:
+            for child in self.cv2.modules():
+                if isinstance(child, nn.BatchNorm2d):
+                    nn.init.zeros_(child.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv2(self.cv1(x))
         return x + y if self.add else y
+
+
+def bottlenecks(number: Count, channels: int, shortcut: bool, groups: int, kernel: Kernels, act: Acts) -> nn.Module:
+    """`number` bottlenecks in a row, each with its own kernel and activation where there is one for each."""
+    return repeat(
+        number,
+        lambda index: Bottleneck(
+            channels, channels, shortcut, groups, 1.0, kernel=each(kernel, index), act=each(act, index)
+        ),
+    )
 
 
 @register_op(infer=csp_shape)
@@ -87,20 +120,21 @@ class BottleneckCSP(nn.Module):
         groups: Width = 1,
         expansion: Fraction = 0.5,
         *,
-        kernel: Kernel = 3,
-        act: Act = DEFAULT,
+        kernel: Kernels = 3,
+        act: Acts = DEFAULT,
         concat_act: Act | None = None,
     ) -> None:
         super().__init__()
+        first = each(act, 0)
         hidden = int(c_out * expansion)
-        after = act if concat_act is None else concat_act
-        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        after = first if concat_act is None else concat_act
+        self.cv1 = Conv(c_in, hidden, 1, act=first)
         self.cv2 = conv(c_in, hidden, 1)
         self.cv3 = conv(hidden, hidden, 1)
-        self.cv4 = Conv(2 * hidden, c_out, 1, act=act)
+        self.cv4 = Conv(2 * hidden, c_out, 1, act=first)
         self.bn = norm(2 * hidden, feeds=after)
         self.act = activation(after)
-        self.m = repeat(number, lambda: Bottleneck(hidden, hidden, shortcut, groups, 1.0, kernel=kernel, act=act))
+        self.m = bottlenecks(number, hidden, shortcut, groups, kernel, act)
 
     def forward(self, x: Tensor) -> Tensor:
         deep = self.cv3(self.m(self.cv1(x)))
@@ -123,16 +157,17 @@ class BottleneckCSP2(nn.Module):
         shortcut: bool = False,
         groups: Width = 1,
         *,
-        kernel: Kernel = 3,
-        act: Act = DEFAULT,
+        kernel: Kernels = 3,
+        act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
-        self.cv1 = Conv(c_in, c_out, 1, act=act)
+        first = each(act, 0)
+        self.cv1 = Conv(c_in, c_out, 1, act=first)
         self.cv2 = conv(c_out, c_out, 1)
-        self.cv3 = Conv(2 * c_out, c_out, 1, act=act)
-        self.bn = norm(2 * c_out, feeds=act)
-        self.act = activation(act)
-        self.m = repeat(number, lambda: Bottleneck(c_out, c_out, shortcut, groups, 1.0, kernel=kernel, act=act))
+        self.cv3 = Conv(2 * c_out, c_out, 1, act=first)
+        self.bn = norm(2 * c_out, feeds=first)
+        self.act = activation(first)
+        self.m = bottlenecks(number, c_out, shortcut, groups, kernel, act)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cv1(x)
@@ -155,15 +190,16 @@ class C3(nn.Module):
         groups: Width = 1,
         expansion: Fraction = 0.5,
         *,
-        kernel: Kernel = 3,
-        act: Act = DEFAULT,
+        kernel: Kernels = 3,
+        act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
+        first = each(act, 0)
         hidden = int(c_out * expansion)
-        self.cv1 = Conv(c_in, hidden, 1, act=act)
-        self.cv2 = Conv(c_in, hidden, 1, act=act)
-        self.cv3 = Conv(2 * hidden, c_out, 1, act=act)
-        self.m = repeat(number, lambda: Bottleneck(hidden, hidden, shortcut, groups, 1.0, kernel=kernel, act=act))
+        self.cv1 = Conv(c_in, hidden, 1, act=first)
+        self.cv2 = Conv(c_in, hidden, 1, act=first)
+        self.cv3 = Conv(2 * hidden, c_out, 1, act=first)
+        self.m = bottlenecks(number, hidden, shortcut, groups, kernel, act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))

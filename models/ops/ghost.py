@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.ops.conv import Conv
 from models.ops.csp import hidden_channels
-from models.ops.primitives import DEFAULT, Act, Count, Fraction, Kernel, Step, Width, repeat
+from models.ops.primitives import DEFAULT, Act, Acts, Count, Fraction, Kernel, Kernels, Step, Width, each, repeat
 from models.registry import Shape, one_to_one, register_op
 
 CHEAP = 5  # kernel of the depth-wise convolution in yolov5; the paper has 3
@@ -82,6 +82,8 @@ def c3ghost_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
 class C3Ghost(nn.Module):
     """`C3` with ghost bottlenecks. Each adds its input; `kernel` is that of their depth-wise convolutions.
 
+    Both `kernel` and `act` may differ from bottleneck to bottleneck; the rest of the block has the first one's `act`.
+
     Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
     """
 
@@ -92,15 +94,16 @@ class C3Ghost(nn.Module):
         number: Count = 1,
         expansion: Fraction = 0.5,
         *,
-        kernel: Kernel = CHEAP,
-        act: Act = DEFAULT,
+        kernel: Kernels = CHEAP,
+        act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
+        first = each(act, 0)
         hidden = int(c_out * expansion)
-        self.cv1 = Conv(c_in, hidden, 1, act=act)
-        self.cv2 = Conv(c_in, hidden, 1, act=act)
-        self.cv3 = Conv(2 * hidden, c_out, 1, act=act)
-        self.m = repeat(number, lambda: GhostBottleneck(hidden, kernel, act))
+        self.cv1 = Conv(c_in, hidden, 1, act=first)
+        self.cv2 = Conv(c_in, hidden, 1, act=first)
+        self.cv3 = Conv(2 * hidden, c_out, 1, act=first)
+        self.m = repeat(number, lambda index: GhostBottleneck(hidden, each(kernel, index), each(act, index)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))

@@ -43,7 +43,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, channels: int, number: Count) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, channels)
-        self.tr = repeat(number, lambda: TransformerLayer(channels))
+        self.tr = repeat(number, lambda _: TransformerLayer(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         cells = x.flatten(2).permute(2, 0, 1)  # [H * W, N, channels]

@@ -1,0 +1,85 @@
+"""The best subnets of a front, trained on: what each was worth inherited, calibrated, fine-tuned and retrained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.config import DataSpec
+from data.dataset import DetectionSet
+from engine.config import RunConfig, TrainConfig
+from engine.evaluate import Metrics, evaluate
+from engine.runs import append_csv, read_csv, table
+from engine.train import train
+from models.checkpoint import load_checkpoint, restore
+from models.network import Network
+from search.config import SearchConfig
+from search.front import Judged
+
+FINE_TUNING = 5  # a fine-tuning takes this part of the retraining's epochs: a fifth
+STATES = ("inherited", "calibrated", "fine_tuned", "retrained")
+
+
+def retrain(
+    chosen: Sequence[Judged],
+    inherited: Callable[[Judged], Network],
+    folder: Path,
+    config: SearchConfig,
+    data: DataSpec,
+    val_images: DetectionSet,
+    device: torch.device,
+    progress: bool,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Four APs on the validation split for every subnet in `chosen`, in ``retrain.csv``; the runs lie in ``retrain/``.
+
+    ``inherited(subnet)`` is the network with the statistics that the supernet's training left behind, calibrated is
+    the checkpoint in ``subnets/``. From there a fine-tuning of a fifth of the epochs and a retraining of all of them
+    start anew each, with the options of the search. Both are measured after their last epoch, so that no epoch is
+    chosen on the images that report. Subnets that ``retrain.csv`` has already are not trained again.
+    """
+    path = folder / "retrain.csv"
+    epochs = config.retrain_epochs or config.epochs
+    done = {row["subnet"] for row in read_csv(path)}
+
+    def measured(network: Network) -> Metrics:
+        return evaluate(
+            network, val_images, names=data.names, batch_size=config.batch_size, device=device, progress=progress
+        )
+
+    def trained(number: int, length: int, what: str) -> Metrics:
+        weights = folder / "subnets" / f"{number}.pt"
+        say(f"\nsubnet {number}, {what}: {length} epochs from {weights}")
+        return train(continued(config, weights, length, folder / "retrain", f"{number}-{what}"), progress).metrics
+
+    for one in chosen:
+        if str(one.number) in done:
+            continue
+        calibrated = restore(load_checkpoint(folder / "subnets" / f"{one.number}.pt"))
+        found = {
+            "inherited": measured(inherited(one).to(device)),
+            "calibrated": measured(calibrated.to(device)),
+            "fine_tuned": trained(one.number, max(1, epochs // FINE_TUNING), "fine-tuned"),
+            "retrained": trained(one.number, epochs, "retrained"),
+        }
+        row: dict[str, Any] = {"subnet": one.number} | {state: found[state].ap for state in STATES}
+        append_csv(path, row | {f"{state}_ap50": found[state].ap50 for state in STATES})
+    return [
+        {"subnet": int(row.pop("subnet"))} | {name: float(value) for name, value in row.items()}
+        for row in read_csv(path)
+    ]
+
+
+def continued(config: SearchConfig, weights: Path, epochs: int, project: Path, name: str) -> TrainConfig:
+    """The training of a subnet with the options that its search had; its YAML is in `weights`."""
+    shared = {field: getattr(config, field) for field in RunConfig.model_fields if field in config.model_fields_set}
+    own = {"cfg": None, "weights": weights, "epochs": epochs, "project": project, "name": name, "exist_ok": True}
+    return TrainConfig(**shared | own, noval=True)
+
+
+def retrain_table(rows: Sequence[dict[str, Any]]) -> str:
+    """AP on the validation split, one line a subnet."""
+    return table([(str(row["subnet"]), *(row[state] for state in STATES)) for row in rows], ("subnet", *STATES))

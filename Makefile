@@ -18,11 +18,12 @@ DEMO_DATA           := datasets/shapes
 DEMO_CFG            := cfg/models/tiny-search.yaml
 DEMO_IMGSZ          := 160
 DEMO_BUDGET         := macs=250M
-DEMO_SEARCH_EPOCHS  := 12
-DEMO_RETRAIN_EPOCHS := 7
-DEMO_CANDIDATES     := 10
+DEMO_SEARCH_EPOCHS  := 3
+DEMO_RETRAIN_EPOCHS := 11
+DEMO_CANDIDATES     := 6
 # Without strong augmentation: a run of minutes sees every image a few times only.
-DEMO_RECIPE         := --batch-size 8 --lr0 0.003 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 --hsv-h 0 --hsv-s 0 --hsv-v 0
+DEMO_RECIPE         := --batch-size 8 --lr0 0.003 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 \
+                       --hsv-h 0 --hsv-s 0 --hsv-v 0 --amp off
 
 .PHONY: help .venv test lint demo clean
 .DELETE_ON_ERROR:
@@ -65,7 +66,8 @@ demo: $(INSTALLED)  ## draw a data set, search, derive, retrain, detect
 	rm -rf $(DEMO)
 	$(PY) -m data shapes $(DEMO_DATA)
 	$(PY) search.py --cfg $(DEMO_CFG) --data $(DEMO_DATA)/data.yaml --supernet shared \
-	    --budget $(DEMO_BUDGET) --candidates $(DEMO_CANDIDATES) --epochs $(DEMO_SEARCH_EPOCHS) $(DEMO_RECIPE) --project $(DEMO) --name search
+	    --budget $(DEMO_BUDGET) --candidates $(DEMO_CANDIDATES) --epochs $(DEMO_SEARCH_EPOCHS) $(DEMO_RECIPE) \
+	    --project $(DEMO) --name search
 	$(PY) train.py --cfg $(DEMO)/search/best.yaml --weights $(DEMO)/search/best.pt --data $(DEMO_DATA)/data.yaml \
 	    --epochs $(DEMO_RETRAIN_EPOCHS) $(DEMO_RECIPE) --noval --project $(DEMO) --name train
 	$(PY) detect.py --weights $(DEMO)/train/best.pt --source $(DEMO_DATA)/images/val --project $(DEMO) --name images

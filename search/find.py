@@ -23,7 +23,7 @@ from search.config import SearchConfig
 from search.costs import Budget, CostTable, format_cost, within
 from search.front import Judged, ranks
 from search.judge import Verdict, first_choice, judge
-from search.optimise import optimise
+from search.optimise import FOCUS, optimise
 from search.propose import argmax, propose, seeds
 from search.space import Architecture, SearchSpace
 from search.tree import losses
@@ -86,6 +86,8 @@ def find(trial: Trial, judged: dict[Architecture, Judged], folder: Path) -> None
             seeds=seeds(trial.supernet, space, trial.tables, trial.budgets, rng),
             violation=lambda one: excess(trial, one),
             seed=config.seed,
+            objectives=1 + len(trial.metrics),
+            focus=FOCUS if trial.budgets else 0.0,
             progress=trial.progress,
         )
     if not judged:

@@ -349,41 +349,48 @@ def fit_additive(
     was seen are told by what they have in common with others. The strength of the penalty is the one with the least
     relative error when every subnet is left out in turn (in closed form: Allen, The relationship between variable
     selection and data augmentation and a method for prediction, Technometrics 1974). With a `prior` only the
-    difference to it is fitted. Every row's cheapest options cost 0 in it, since only sums can be known.
+    difference to it is fitted, and it may be stretched row by row. Every row's cheapest options cost 0 in what returns,
+    since only sums can be known.
     """
     y = np.array(values, dtype=np.float64)
     residual = y - np.array([prior.of(one) for one in subnets]) if prior else y
-    columns = [(row, chosen) for row, choices in enumerate(rows) for chosen in _subsets(len(choices))]
-    places = [np.array([[c.index(one.picks[c.name]) for c in choices] for one in subnets]) for choices in rows]
-    features = [_one_hot(places[row], chosen, [len(choice.options) for choice in rows[row]]) for row, chosen in columns]
-    x = np.concatenate(features, axis=1)
-    coefficients, constant = _ridge(x, residual, y)
-    fixed = constant + (prior.fixed if prior else 0.0)
+    bases = [_bases(choices, prior.rows[row][1] if prior else None) for row, choices in enumerate(rows)]
+    features = []
+    for choices, of_row in zip(rows, bases, strict=True):
+        places = tuple(np.array([[c.index(one.picks[c.name]) for c in choices] for one in subnets]).T)
+        features.append(np.stack([base[places] for base in of_row], axis=1))
+    coefficients, constant = _ridge(np.concatenate(features, axis=1), residual, y)
     parts = np.split(coefficients, np.cumsum([feature.shape[1] for feature in features])[:-1])
+    fixed = constant + (prior.fixed if prior else 0.0)
     found = []
-    for row, choices in enumerate(rows):
-        sizes = [len(choice.options) for choice in choices]
-        array = np.zeros(sizes) + (prior.rows[row][1] if prior else 0.0)
-        for (of_row, chosen), part in zip(columns, parts, strict=True):
-            if of_row == row:
-                array += part.reshape([size if place in chosen else 1 for place, size in enumerate(sizes)])
+    for row, (choices, of_row, part) in enumerate(zip(rows, bases, parts, strict=True)):
+        array = np.tensordot(part, np.stack(of_row), axes=1) + (prior.rows[row][1] if prior else 0.0)
         fixed += float(array.min())
         found.append((tuple(choices), array - array.min()))
     return CostTable("latency_ms", fixed, tuple(found))
 
 
-def _subsets(count: int) -> list[tuple[int, ...]]:
-    """Each of so many, each pair, and all."""
-    small = [chosen for size in (1, 2) for chosen in itertools.combinations(range(count), size)]
-    return small if count <= 2 else [*small, tuple(range(count))]
+def _bases(choices: Sequence[Choice], prior: np.ndarray | None) -> list[np.ndarray]:
+    """What a row's cost is put together of, each as an array over its options: 1 where some of its choices have certain
+    options and 0 elsewhere, and what the prior says of the row, so that all of it can be stretched.
+    """
+    sizes = [len(choice.options) for choice in choices]
+    found = [] if prior is None or prior.std() == 0 else [prior / prior.std()]
+    for chosen in _subsets(sizes):
+        for options in itertools.product(*(range(sizes[place]) for place in chosen)):
+            base = np.zeros(sizes)
+            at: list[slice | int] = [slice(None)] * len(sizes)
+            for place, option in zip(chosen, options, strict=True):
+                at[place] = option
+            base[tuple(at)] = 1.0
+            found.append(base)
+    return found
 
 
-def _one_hot(places: np.ndarray, chosen: tuple[int, ...], sizes: Sequence[int]) -> np.ndarray:
-    """``[subnets, combinations of the chosen]``"""
-    index = np.ravel_multi_index(tuple(places[:, place] for place in chosen), [sizes[place] for place in chosen])
-    wide = np.zeros((len(places), math.prod(sizes[place] for place in chosen)))
-    wide[np.arange(len(places)), index] = 1.0
-    return wide
+def _subsets(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of choices with so many options each one, each pair, and all where their combinations are few."""
+    small = [chosen for size in (1, 2) for chosen in itertools.combinations(range(len(sizes)), size)]
+    return [*small, tuple(range(len(sizes)))] if len(sizes) > 2 and math.prod(sizes) <= MOST_ROWS else small
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, float]:

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from data.structures import Fault
 from search.space import Architecture, SearchSpace
 
-POPULATION = 20
+POPULATION = 20  # small, so that a few hundred subnets make many generations
 CROSSOVER = 0.9  # of two parents, uniform; each choice then mutates with one over the number of choices
 FOCUS = 0.5  # part of the judging that is for the best subnet where budgets are set, the other being for the front
 SPARE = 3  # children to each one that is judged then, chosen by what their options are estimated to bring
-PATIENCE = 30  # generations, and populations' worth of proposals, without a new subnet, before a search is at its end
+PATIENCE = 10  # generations, and populations' worth of proposals, without a new subnet, before a search is at its end
 
 Values = tuple[float, ...]
 

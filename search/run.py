@@ -30,7 +30,7 @@ from search.config import SearchConfig
 from search.costs import CostTable, check_budgets, cost_tables, format_cost, parse_budget
 from search.find import Trial, calibrated, find, save_subnet
 from search.front import Judged, draw_front, front_table, on_front, write_front
-from search.latency import LatencyTable, latency_table, read_table, write_table
+from search.latency import SECONDS, LatencyTable, latency_table, read_table, write_table
 from search.objective import check_form
 from search.propose import argmax
 from search.report import write_report
@@ -214,7 +214,13 @@ def find_latencies(
     if known:
         return read_table(known, graph, config.imgsz, device=device, runtime=config.runtime, progress=progress)
     return latency_table(
-        graph, config.imgsz, device=device, runtime=config.runtime, seed=config.seed, progress=progress
+        graph,
+        config.imgsz,
+        device=device,
+        runtime=config.runtime,
+        seed=config.seed,
+        progress=progress,
+        seconds=SECONDS,
     )
 
 

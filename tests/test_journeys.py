@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.evaluate import main as val
 from engine.infer import main as detect
 from engine.train import main as train
 from models.parse import parse
+from search.judge import judge
 from search.run import main as search
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +49,7 @@ def searched(data: Path) -> Path:
     folder = data.parent
     (folder / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
     options = ["--cfg", folder / "search.yaml", "--data", data, "--epochs", "4", "--batch-size", "4", "--imgsz", "64"]
-    options += ["--candidates", "5", "--calibration", "8", "--project", folder / "runs", "--budget", "macs=3M"]
+    options += ["--candidates", "5", "--calibration", "8", "--project", folder / "runs", "--budget", "macs=1.6M"]
     assert search(list(map(str, options))) == 0
     return folder / "runs" / "exp"
 
@@ -55,7 +57,7 @@ def searched(data: Path) -> Path:
 def test_a_search_leaves_a_front_of_plain_networks(searched: Path):
     rows = list(csv.DictReader((searched / "front.csv").open()))
     assert 2 <= len(rows) <= 5 and any(row["front"] == "1" for row in rows)
-    assert all(float(row["macs"]) <= 3e6 for row in rows)
+    assert all(float(row["macs"]) <= 1.6e6 for row in rows)
     assert all(float(row["latency_ms"]) > 0 for row in rows)
     for row in rows:
         if row["front"] == "1":
@@ -116,11 +118,117 @@ def test_two_searches_with_one_seed_are_the_same(data: Path):
     assert (folder / "twice/exp/alphas.csv").read_text() == (folder / "twice/exp2/alphas.csv").read_text()
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def test_a_small_space_is_walked_through_and_the_best_losses_are_judged(searched: Path):
+    losses, judged = rows_of(searched / "losses.csv"), rows_of(searched / "front.csv")
+    assert len(losses) == 72 and [int(row["subnet"]) for row in losses] == list(range(72))
+    assert {row["subnet"]: row["loss"] for row in losses}.items() >= {
+        row["subnet"]: row["loss"] for row in judged
+    }.items()
+    allowed = [row for row in losses if float(row["macs"]) <= 1.6e6]
+    assert min(allowed, key=lambda row: float(row["loss"]))["subnet"] in {row["subnet"] for row in judged}
+    assert "Search report" in (searched / "report.html").read_text()
+
+
+def test_many_candidates_of_a_larger_space_are_evolved(searched: Path, data: Path, monkeypatch):
+    monkeypatch.setattr("search.find.EXHAUSTIVE", 10)
+    monkeypatch.setattr("search.find.EVOLUTION", 5)
+    options = ["--cfg", searched.parent.parent / "search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4"]
+    options += ["--imgsz", "64", "--candidates", "8", "--calibration", "8", "--budget", "macs=1.5M"]
+    options += ["--project", data.parent / "evolved"]
+    assert search(list(map(str, options))) == 0
+    judged = rows_of(data.parent / "evolved" / "exp" / "front.csv")
+    assert len(judged) == len({row["subnet"] for row in judged}) == 8
+    assert all(float(row["macs"]) <= 1.5e6 for row in judged)
+
+
+def test_ctrl_c_keeps_the_front_that_was_reached_and_the_search_goes_on(data: Path, monkeypatch, capsys):
+    folder = data.parent
+    (folder / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
+    options = ["--cfg", folder / "search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4", "--imgsz", "64"]
+    options += ["--candidates", "4", "--calibration", "8", "--project", folder / "stopped"]
+    run = folder / "stopped" / "exp"
+
+    def interrupted(networks, *arguments, done, **named):
+        judge(networks[:2], *arguments, done=done, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("search.find.judge", interrupted)
+    assert search(list(map(str, options))) == 130
+    assert f"--resume {run}" in capsys.readouterr().err
+    assert len(rows_of(run / "front.csv")) == 2 and (run / "report.html").is_file()
+    monkeypatch.undo()
+    assert search(["--resume", str(run)]) == 0
+    assert len(rows_of(run / "front.csv")) == 4 and (run / "best.pt").is_file()
+
+
+def test_the_best_of_a_front_are_retrained_and_four_aps_stand_side_by_side(data: Path, capsys):
+    folder = data.parent
+    (folder / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
+    options = ["--cfg", folder / "search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4", "--imgsz", "64"]
+    options += ["--candidates", "4", "--calibration", "8", "--retrain", "1", "--retrain-epochs", "2"]
+    options += ["--project", folder / "retrained"]
+    assert search(list(map(str, options))) == 0
+    run = folder / "retrained" / "exp"
+    (row,) = rows_of(run / "retrain.csv")
+    assert all(0 <= float(row[name]) <= 1 for name in ("inherited", "calibrated", "fine_tuned", "retrained"))
+    assert len(rows_of(run / "retrain" / f"{row['subnet']}-retrained" / "results.csv")) == 2
+    assert len(rows_of(run / "retrain" / f"{row['subnet']}-fine-tuned" / "results.csv")) == 1
+    capsys.readouterr()
+    assert search(["--resume", str(run)]) == 0  # what is trained is not trained again
+    assert "fine-tuned:" not in capsys.readouterr().out and len(rows_of(run / "retrain.csv")) == 1
+
+
+def test_a_latency_budget_is_priced_by_a_table_and_kept_by_measurement(data: Path, capsys, monkeypatch):
+    monkeypatch.setattr("search.run.SECONDS", 3.0)
+    folder = data.parent
+    (folder / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
+    options = ["--cfg", folder / "search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4", "--imgsz", "64"]
+    options += ["--candidates", "3", "--calibration", "8", "--budget", "latency_ms=500", "--project", folder / "timed"]
+    assert search(list(map(str, options))) == 0
+    run = folder / "timed" / "exp"
+    assert "24 random subnets" in capsys.readouterr().out
+    assert all(0 < float(row["latency_table_ms"]) < 500 for row in rows_of(run / "front.csv"))
+    assert "lambda_latency_ms" in rows_of(run / "results.csv")[0]
+    table = str(run / "latency.json")
+    other = [*map(str, options), "--runtime", "onnxruntime", "--latency-table", table]
+    assert search(other) == 2 and "runtime 'torch', wanted 'onnxruntime'" in capsys.readouterr().err
+
+
+def test_the_reference_system_s_settings_leave_its_files(data: Path, monkeypatch):
+    monkeypatch.setattr("search.tango.WARMUP_STEPS", 4)
+    folder = data.parent
+    (folder / "six.yaml").write_text(SEARCH.replace("{number}", "1"))
+    options = ["--cfg", folder / "six.yaml", "--data", data, "--epochs", "5", "--batch-size", "4", "--imgsz", "64"]
+    options += ["--candidates", "2", "--calibration", "8", "--supernet", "independent", "--tango"]
+    options += ["--project", folder / "tango"]
+    assert search(list(map(str, options))) == 0
+    run = folder / "tango" / "exp"
+    assert set(json.loads((run / "final_arch.json").read_text())) == {"m_3", "m_5"}
+    assert all((run / f"{name}_history.txt").is_file() for name in ("probs", "export"))
+
+
+def test_two_processes_search_as_one(data: Path):
+    folder = data.parent
+    (folder / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
+    options = ["--cfg", folder / "search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4", "--imgsz", "64"]
+    options += ["--candidates", "2", "--calibration", "8", "--project", folder / "two", "--retrain", "1"]
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "search.py"]
+    done = subprocess.run([*started, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("results in") >= 1 and (folder / "two" / "exp" / "report.html").is_file()
+    assert len(rows_of(folder / "two" / "exp" / "retrain.csv")) == 1
+    assert not (folder / "two" / "exp2").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--budget", "macs=1k"], "--budget macs=0.001M: no subnet can meet it; the smallest has macs="),
-        (["--budget", "latency_ms=0.001"], "no subnet can meet it on this device; the smallest latency"),
+        (["--budget", "latency_ms=0.001"], "no subnet can meet it on this device; the smallest latency is latency_ms="),
         (["--budget", "flops=3"], "--budget flops=3: write macs=900M, params=2.5M or latency_ms=12"),
         (["--epochs", "0"], "--epochs: "),
         (["--supernat", "shared"], "--supernat: there is no such option; did you mean '--supernet'?"),
@@ -130,7 +238,8 @@ def test_two_searches_with_one_seed_are_the_same(data: Path):
         (["--cfg", "cfg/models/tiny.yaml"], "nothing to search"),
     ],
 )
-def test_what_cannot_be_searched_is_told_in_one_line(data: Path, options, told, capsys):
+def test_what_cannot_be_searched_is_told_in_one_line(data: Path, options, told, capsys, monkeypatch):
+    monkeypatch.setattr("search.run.SECONDS", 1.0)
     (data.parent / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
     base = ["--cfg", data.parent / "search.yaml", "--data", data, "--imgsz", "64", "--project", data.parent / "none"]
     assert search([*map(str, base), "--epochs", "2", *options]) == 2

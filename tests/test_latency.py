@@ -394,6 +394,28 @@ def test_a_prior_that_is_right_stays():
         assert fitted.of(SPACE.at(number)) == pytest.approx(TRUTH.of(SPACE.at(number)) + 2)
 
 
+def test_a_prior_is_stretched_row_by_row():
+    factors = {1: 0.1, 4: 1.0, 6: 6.0}
+    rows = tuple((choices, factors[index] * t) for (index, choices), (_, t) in zip(ROWS, TRUTH.rows, strict=True))
+    subnets = [SPACE.at(number) for number in random.Random(0).sample(range(SPACE.size), 14)]
+    values = [TRUTH.of(one) for one in subnets]
+    alone, helped = (
+        np.mean([abs(f.of(SPACE.at(k)) / TRUTH.of(SPACE.at(k)) - 1) for k in range(SPACE.size)])
+        for f in (fit_additive([c for c, _ in rows], subnets, values, p) for p in (None, CostTable("", 0.0, rows)))
+    )
+    assert helped < 0.01 and helped < alone / 3, "fewer subnets than entries: what rows take alone tells the rest"
+
+
+def test_rows_of_very_many_options_are_fitted_by_pairs():
+    choices = tuple(Choice(f"3.kernel.{at}", (1, 3, 5)) for at in range(8))  # 6,561 combinations
+    space, rng = SearchSpace(choices), random.Random(0)
+    truth = lambda one: 5.0 + sum(kernel * (at + 1) for at, kernel in enumerate(one.picks.values()))  # noqa: E731
+    subnets = drawn(space, 100, rng)
+    fitted = fit_additive([choices], subnets, [truth(one) for one in subnets])
+    others = drawn(space, 50, rng)
+    assert np.mean([abs(fitted.of(one) / truth(one) - 1) for one in others]) < 0.05
+
+
 def test_noise_is_averaged_over_many_subnets():
     rng = np.random.default_rng(0)
     subnets = [SPACE.at(number) for number in range(SPACE.size)]

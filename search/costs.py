@@ -134,7 +134,7 @@ def with_unit(metric: str, value: float) -> str:
 
 def format_cost(metric: str, value: float, exact: bool = False) -> str:
     """``812.400M``, or ``11.3`` of milliseconds; `exact` writes counts to the last digit, milliseconds to the third."""
-    if metric == "latency_ms":
+    if metric.endswith("_ms"):
         return f"{value:.3g}" if not exact else f"{value:.3f}"
     if exact:
         return f"{value:.0f}"

@@ -24,7 +24,7 @@ from search.costs import Budget, CostTable, format_cost, within
 from search.front import Judged, ranks
 from search.judge import Verdict, first_choice, judge
 from search.optimise import FOCUS, optimise
-from search.propose import argmax, propose, seeds
+from search.propose import argmax, excess, propose, seeds
 from search.space import Architecture, SearchSpace
 from search.tree import losses
 
@@ -84,7 +84,7 @@ def find(trial: Trial, judged: dict[Architecture, Judged], folder: Path) -> None
             evaluated,
             count=config.candidates,
             seeds=seeds(trial.supernet, space, trial.tables, trial.budgets, rng),
-            violation=lambda one: excess(trial, one),
+            violation=lambda one: excess(one, trial.tables, trial.budgets),
             seed=config.seed,
             objectives=1 + len(trial.metrics),
             focus=FOCUS if trial.budgets else 0.0,
@@ -176,13 +176,6 @@ def values_of(trial: Trial, one: Architecture, found: Judged | None) -> tuple[fl
     """What evolution compares, all to be small. A subnet whose measured latency is over the budget has no AP."""
     costs = found.costs if found else trial.counted(one)
     return (-found.ap if found else 0.0, *(costs[metric] for metric in trial.metrics))
-
-
-def excess(trial: Trial, one: Architecture) -> float:
-    """By which part of it a subnet lies over the budget that it misses most; 0 or less within all of them."""
-    counted = trial.counted(one)
-    over = [counted[b.metric] / b.limit - 1 for b in trial.budgets if b.metric in counted]
-    return max(over, default=0.0)
 
 
 def calibrated(trial: Trial, one: Judged) -> Network:

@@ -36,7 +36,7 @@ from search.propose import argmax
 from search.report import write_report
 from search.retrain import retrain, retrain_table
 from search.space import Architecture, SearchSpace
-from search.train import reopen, train_supernet
+from search.train import lengths, reopen, train_supernet
 
 JUDGING_PART, FEWEST_JUDGING, MOST_JUDGING = 0.2, 32, 2_000  # of the training images; the weights never see them
 
@@ -102,6 +102,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
             least, most = (table.extreme(largest)[0] for largest in (False, True))
             say(f"  {metric}: {format_cost(metric, least)} to {format_cost(metric, most)}")
         check_budgets(budgets, tables)
+        lengths(weight_images, config, world)  # nor does a search begin that is too short
         if config.weights and not resumed:
             loaded, missing = warm_start(supernet.network, load_checkpoint(config.weights).state)
             say(f"{config.weights}: {len(loaded)} of {len(loaded) + len(missing)} tensors loaded")

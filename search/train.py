@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.dataset import DetectionSet
-from data.loader import batch_at, batches
+from data.loader import Batches, batch_at, batches
 from data.structures import Fault, Sample
 from engine import config as options
 from engine.distributed import (
@@ -88,25 +88,13 @@ def train_supernet(
     batch_size = min(config.batch_size, len(weight_images))
     judge_size = min(config.batch_size, len(judge_images)) // world.size * world.size
     check_shares(min(batch_size, judge_size), world)
-    share = partial(
-        batches, weight_images, batch_size, seed=config.seed, shuffle=True, rank=world.rank, world_size=world.size
-    )
-    steps_per_epoch = len(share(epoch=1))
-    total_steps = config.epochs * steps_per_epoch
-    arch_from = round(config.arch_warmup * total_steps)
-    if config.tango:
-        arch_from = tango.warmup_steps(config.epochs, steps_per_epoch)
-    arch_steps = max(0, total_steps - 1 - arch_from) // config.arch_every
-    if arch_steps < 1:
-        raise Fault(
-            f"--epochs {config.epochs}: {total_steps} steps leave none for the architecture parameters, which move "
-            f"every {config.arch_every} steps after {arch_from}; more epochs or a smaller batch would be right"
-        )
+    share = weight_batches(weight_images, config, world)
+    total_steps, arch_from, arch_steps = lengths(weight_images, config, world)
 
     # How weights and architecture parameters move in them.
     chosen = choose_optimizer(config.optimizer, total_steps)
     lr = config.lr0 or LEARNING_RATES[chosen]
-    warmup_steps = warmup_length(config.warmup_epochs, steps_per_epoch, total_steps)
+    warmup_steps = warmup_length(config.warmup_epochs, total_steps // config.epochs, total_steps)
     optimizer = make_optimizer(network, chosen, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
     arch_lr = config.arch_lr or min(max(ALPHA_REACH / arch_steps, SLOWEST_ALPHA), FASTEST_ALPHA)
     arch_optimizer = torch.optim.Adam(supernet.alphas, lr=arch_lr, betas=(0.0, 0.999))  # ProxylessNAS's betas
@@ -284,6 +272,32 @@ def train_supernet(
 
 
 # ---- what the story calls, in its order ----
+
+
+def weight_batches(images: DetectionSet, config: SearchConfig, world: World) -> Callable[..., Batches]:
+    """The batches of a process that the weights see, a function of the epoch."""
+    size = min(config.batch_size, len(images))
+    return partial(batches, images, size, seed=config.seed, shuffle=True, rank=world.rank, world_size=world.size)
+
+
+def lengths(images: DetectionSet, config: SearchConfig, world: World) -> tuple[int, int, int]:
+    """Weight steps in all, how many of them come before the first step of alphas can, and the steps of alphas.
+
+    Raises a Fault where there would be none of the latter, and where a process would get no image.
+    """
+    check_shares(min(config.batch_size, len(images)), world)
+    steps_per_epoch = len(weight_batches(images, config, world)(epoch=1))
+    total = config.epochs * steps_per_epoch
+    before = round(config.arch_warmup * total)
+    if config.tango:
+        before = tango.warmup_steps(config.epochs, steps_per_epoch)
+    steps = max(0, total - 1 - before) // config.arch_every
+    if steps < 1:
+        raise Fault(
+            f"--epochs {config.epochs}: {total} steps leave none for the architecture parameters, which move "
+            f"every {config.arch_every} steps after {before}; more epochs or a smaller batch would be right"
+        )
+    return total, before, steps
 
 
 def reopen(config: SearchConfig) -> tuple[SearchConfig, Path, Checkpoint]:

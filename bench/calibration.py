@@ -1,6 +1,6 @@
 """How many images does a subnet's calibration need?
 
-python bench/calibration.py                        # trains a supernet first; about two hours on 2 idle cores
+python bench/calibration.py                        # trains a supernet first; about an hour on 2 idle cores
 python bench/calibration.py --weights runs/search/exp/last.pt     # of a supernet that a search has trained
 python bench/calibration.py --train 200 --epochs 2 --judging 16 --subnets 3 --counts 32 --run /tmp/run --out /tmp/out
 python bench/calibration.py --show                 # the table of what was measured
@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "bench" / "calibration", help="folder to train in")
     parser.add_argument("--subnets", type=int, default=60)
     parser.add_argument("--judging", type=int, default=200, help="images, at most")
-    parser.add_argument("--counts", type=int, nargs="+", default=[32, 128, 512], help="N, multiples of 32")
+    parser.add_argument("--counts", type=int, nargs="+", default=[32, 128], help="N, multiples of 32")
     parser.add_argument("--kinds", nargs="+", default=["plain", "augmented"], choices=("plain", "augmented"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch; default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from small import TWO_ROWS
 
 from data.structures import Fault
 from models.cost import network_costs, totals
@@ -27,16 +28,6 @@ from search.costs import (
 )
 from search.space import Architecture, SearchSpace
 
-TWO_ROWS = """
-nc: 2
-anchors: [[10, 13, 16, 30]]
-backbone:
-  - [-1, 1, Conv, [8, 3, 2]]
-  - [-1, {choice: [1, 2, 3]}, MBottleneckCSP2, [8]]
-head:
-  - [-1, 2, MBottleneckCSP2, [8]]
-  - [-1, 1, Detect, [nc, anchors]]
-"""
 # 10 ms, and 1 ms more for 5x5 and 2 ms more for Mish, but both together only 2.5 ms
 KERNEL, ACT = Choice("1.kernel", (3, 5)), Choice("1.act", ("relu", "mish"))
 LATENCY = CostTable("latency_ms", 10.0, (((KERNEL, ACT), np.array([[0.0, 2.0], [1.0, 2.5]])),))

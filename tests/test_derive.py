@@ -358,24 +358,12 @@ def test_a_supernet_started_from_a_supernet_keeps_its_matrices():
 # ---- as ONNX
 
 
-class Logits(nn.Module):
-    """A head's logits, side by side, and the scores."""
-
-    max_det = 0
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, _ = self.network(images)
-        return torch.cat([y.flatten(1) for y in outputs], dim=1), self.network.decode(outputs)[1]
-
-
 @pytest.mark.parametrize(("kind", "norms", "rows"), [("shared", "k_act", EACH), ("independent", "act", FEW)])
 def test_an_exported_subnet_is_the_active_one_and_as_small_as_it_is(kind, norms, rows, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
+    from bench.derived import Logits
+
     net = supernet(kind, norms, rows)
     picks = dict(SearchSpace.of(net.spec).sample(random.Random(1)).picks)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

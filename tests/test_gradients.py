@@ -11,6 +11,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from small import KINDS, SPECS
 from torch import Tensor, nn
 
 from data.structures import Targets
@@ -22,25 +23,6 @@ from search.costs import Budget, cost_tables
 from search.objective import Prices, architecture_step
 from search.sampling import drawn_options, drawn_pairs, fair_options
 from search.space import SearchSpace
-
-TINY = """
-nc: 3
-activation: mish
-anchors: [[10, 13, 16, 30], [30, 61, 62, 45]]
-backbone:
-  - [-1, 1, Conv, [8, 3, 2]]
-  - [-1, 1, Conv, [16, 3, 2]]
-  - [-1, {number}, BottleneckCSP, [16, {{kernel: {{choice: [3, 5]}}, act: {{choice: [relu, leaky, mish]}}}}]]
-head:
-  - [-1, 1, Conv, [16, 3, 2]]
-  - [-1, {number}, MBottleneckCSP2, [16]]
-  - [[2, 4], 1, Detect, [nc, anchors]]
-"""
-SPECS = {
-    "shared": TINY.format(number="{choice: [1, 2, 3]}"),
-    "independent": TINY.format(number=2),
-}
-KINDS = ["shared", "independent"]
 
 
 def supernet(kind: str, dtype: torch.dtype = torch.float32, norms: str = "act") -> Supernet:

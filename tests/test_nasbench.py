@@ -6,32 +6,21 @@ The whole table, with ten seeds each, comes from ``bench/nasbench.py``.
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models.spec import Choice
+from bench.nasbench import DEVICES, SPACE
+from bench.nasbench import macro as table_of_macro
 from search.costs import Budget, CostTable
 from search.front import hypervolume, non_dominated, ranks
 from search.optimise import FOCUS, optimise
 from search.propose import excess, fit
 from search.rank import kendall_tau
-from search.space import Architecture, SearchSpace
+from search.space import Architecture
 
 TABLES = Path(__file__).resolve().parents[2] / "shared" / "nasbench"
-SPACE = SearchSpace(tuple(Choice(f"layer{place}", ("0", "1", "2")) for place in range(8)))
-FRONTS = {  # of VOC AP and latency, the front's size on each device
-    "nano_gpu": 65,
-    "openvino": 50,
-    "vim3": 38,
-    "raspi4_tflite": 60,
-    "orange_pi": 46,
-    "a40_trt": 52,
-    "pi5_ort": 71,
-    "pi4_ort": 69,
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +29,7 @@ def macro():
     path = TABLES / "nas-bench-macro_cifar10.json"
     if not path.is_file():
         pytest.skip("no nas-bench-macro_cifar10.json in ../shared/nasbench")
-    entries = json.loads(path.read_text())
-    found = [entries["".join(SPACE.at(number).picks.values())] for number in range(SPACE.size)]
-    return np.array([float(one["flops"]) for one in found]), np.array([one["test_acc"] for one in found])
+    return table_of_macro(TABLES)
 
 
 def searched(macro, seed: int, count: int, budgets: list[Budget], focus: float) -> list[int]:
@@ -115,7 +102,7 @@ def test_two_trainings_agree_over_all_networks_and_hardly_within_the_best_tenth(
     assert kendall_tau(flops, mean) == pytest.approx(0.556, abs=5e-4)
 
 
-@pytest.mark.parametrize("device", FRONTS)
+@pytest.mark.parametrize("device", DEVICES)
 def test_fronts_of_trained_yolos_equal_brute_force(device):
     path = TABLES / "yolobench" / "merged_results.csv"
     if not path.is_file():
@@ -126,7 +113,7 @@ def test_fronts_of_trained_yolos_equal_brute_force(device):
     beaten = [any(x <= a and y <= b and (x, y) != (a, b) for x, y in points) for a, b in points]
     sorted_points = ranks(np.array(points))
     assert (sorted_points == 0).tolist() == [not one for one in beaten]
-    assert beaten.count(False) == FRONTS[device]
+    assert beaten.count(False) == DEVICES[device]
     # Each rank is the front of what remains without those before it.
     for rank in range(1, sorted_points.max() + 1):
         assert (ranks(np.array(points)[sorted_points >= rank]) == 0).sum() == (sorted_points == rank).sum()

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small import TWO_ROWS
 
 from models.graph import normalize, resolve
 from models.parse import parse_text
@@ -15,17 +16,6 @@ from models.supernet import Supernet
 from search.costs import Budget, cost_tables, within
 from search.propose import argmax, excess, fit, greedy, log_probability, propose, seeds, variants
 from search.space import SearchSpace
-
-TWO_ROWS = """
-nc: 2
-anchors: [[10, 13, 16, 30]]
-backbone:
-  - [-1, 1, Conv, [8, 3, 2]]
-  - [-1, {choice: [1, 2, 3]}, MBottleneckCSP2, [8]]
-head:
-  - [-1, 2, MBottleneckCSP2, [8]]
-  - [-1, 1, Detect, [nc, anchors]]
-"""
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from small import KINDS, SPECS
 from torch import Tensor
 
 from data.structures import Targets
@@ -17,25 +18,6 @@ from models.parse import dump, parse_text
 from models.spec import Choice
 from models.supernet import Supernet
 from search.space import SearchSpace
-
-TINY = """
-nc: 3
-activation: mish
-anchors: [[10, 13, 16, 30], [30, 61, 62, 45]]
-backbone:
-  - [-1, 1, Conv, [8, 3, 2]]
-  - [-1, 1, Conv, [16, 3, 2]]
-  - [-1, {number}, BottleneckCSP, [16, {{kernel: {{choice: [3, 5]}}, act: {{choice: [relu, leaky, mish]}}}}]]
-head:
-  - [-1, 1, Conv, [16, 3, 2]]
-  - [-1, {number}, MBottleneckCSP2, [16]]
-  - [[2, 4], 1, Detect, [nc, anchors]]
-"""
-SPECS = {
-    "shared": TINY.format(number="{choice: [1, 2, 3]}"),
-    "independent": TINY.format(number=2),
-}
-KINDS = ["shared", "independent"]
 
 
 def supernet(kind: str, dtype: torch.dtype = torch.float32) -> Supernet:

@@ -4,11 +4,12 @@ python bench/bccd_front.py                                    # three quarters o
 python bench/bccd_front.py --imgsz 64 --search-epochs 4 --epochs 2 --candidates 8 --name quick     # a quick look
 python bench/bccd_front.py --show                             # the table of what was measured
 
-A search with the multiply-adds as the only cost. Of its front come three points: the cheapest, the one of highest AP,
-and one between. Beside each stands a subnet drawn evenly from all that need as many multiply-adds, within 1 %. All six
-start from the supernet's weights with batch norms of their own, and are trained alike: the same images, epochs, seed.
-Their APs are those of the last epoch, on the test split, which took no part in anything. +- is the standard error of
-a difference over these images; another seed of training moves it further. It is an anecdote, no study.
+A search with the multiply-adds as the only cost. Of its front come three points: the cheapest, the dearest and one
+between; where the front has only two, the highest AP of what it leaves is the third. Beside each stands a subnet drawn
+evenly from all that need as many multiply-adds, within 1 %. All six start from the supernet's weights with batch norms
+of their own, and are trained alike: the same images, epochs, seed. Their APs are those of the last epoch, on the test
+split, which took no part in anything. +- is the standard error of a difference over these images; another seed of
+training moves it further. It is an anecdote, no study.
 Each network is a JSON in bench/results, and one that is there is not trained again. Needs the data set as
 cfg/data/bccd.yaml says.
 """
@@ -44,7 +45,7 @@ from models.network import Network  # noqa: E402
 from models.supernet import Supernet  # noqa: E402
 from search.config import SearchConfig  # noqa: E402
 from search.costs import CostTable, cost_tables, format_cost  # noqa: E402
-from search.front import SURE, jackknife_error  # noqa: E402
+from search.front import SURE, jackknife_error, ranks  # noqa: E402
 from search.judge import judge  # noqa: E402
 from search.retrain import continued  # noqa: E402
 from search.run import search, split_train  # noqa: E402
@@ -52,7 +53,7 @@ from search.space import Architecture, SearchSpace  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 DATA = ROOT / "cfg" / "data" / "bccd.yaml"
-PLACES = ("cheapest", "middle", "best")
+PLACES = ("cheapest", "middle", "dearest")
 AS_DEAR = 0.01  # relative difference in multiply-adds
 
 
@@ -69,22 +70,25 @@ def searched(config: SearchConfig, minutes: Path) -> float:
 
 
 def chosen(folder: Path, space: SearchSpace, macs: CostTable) -> dict[str, int]:
-    """Three points of the front, the cheapest, the dearest and one between, and a random subnet as dear as each."""
-    front = sorted(
-        (row for row in read_csv(folder / "front.csv") if row["front"] == "1"), key=lambda r: float(r["macs"])
-    )
-    numbers = [int(row["subnet"]) for row in front]
-    places = [0, (len(numbers) - 1) // 2, len(numbers) - 1]
-    found = {f"{place}, front": numbers[at] for place, at in zip(PLACES, places, strict=True)}
+    """Three of the judged subnets and a random one as dear as each: the ends of the front and its middle point, or all
+    points of a shorter front and the highest AP of the next one.
+    """
+    rows = [(int(row["subnet"]), float(row["ap"]), float(row["macs"])) for row in read_csv(folder / "front.csv")]
+    rank = ranks(np.array([[-ap, cost] for _, ap, cost in rows]))
+    first = sorted((row for row, place in zip(rows, rank, strict=True) if place == 0), key=lambda row: row[2])
+    if len(first) < len(PLACES):
+        rest = sorted(zip(rank, rows, strict=True), key=lambda pair: (pair[0], -pair[1][1]))[len(first) :]
+        first = sorted([*first, *(row for _, row in rest[: len(PLACES) - len(first)])], key=lambda row: row[2])
+    numbers = [first[at][0] for at in (0, (len(first) - 1) // 2, len(first) - 1)]
+    found = {f"{place}, found": number for place, number in zip(PLACES, numbers, strict=True)}
     rng = random.Random(0)
-    for place, at in zip(PLACES, places, strict=True):
-        cost = macs.of(space.at(numbers[at]))
+    for place, number in zip(PLACES, numbers, strict=True):
+        cost = macs.of(space.at(number))
         while True:
             drawn = space.canonical(space.sample(rng))
-            number = space.index(drawn)
-            if number not in found.values() and abs(macs.of(drawn) / cost - 1) <= AS_DEAR:
+            if space.index(drawn) not in found.values() and abs(macs.of(drawn) / cost - 1) <= AS_DEAR:
                 break
-        found[f"{place}, random"] = number
+        found[f"{place}, random"] = space.index(drawn)
     return found
 
 
@@ -105,17 +109,17 @@ def on_test(network: Network, imgsz: int) -> dict[str, Any]:
 def shown(cells: dict[str, dict[str, Any]]) -> str:
     rows: list[tuple[Any, ...]] = []
     for place in PLACES:
-        pair = [cells.get(f"{place}, {kind}") for kind in ("front", "random")]
-        for kind, cell in zip(("front", "random"), pair, strict=True):
+        pair = [cells.get(f"{place}, {kind}") for kind in ("found", "random")]
+        for kind, cell in zip(("found", "random"), pair, strict=True):
             if cell:
                 about = (str(cell["subnet"]), format_cost("macs", cell["macs"]), format_cost("params", cell["params"]))
                 rows.append((f"{place}, {kind}", *about, cell["start"]["ap"], cell["ap"], cell["ap50"], None, None, ""))
         if all(pair):
             apart = pair[0]["ap"] - pair[1]["ap"]
             error = jackknife_error(np.subtract(pair[0]["ap_without"], pair[1]["ap_without"]))
-            word = "a tie" if abs(apart) <= SURE * error else "front" if apart > 0 else "random"
+            word = "a tie" if abs(apart) <= SURE * error else "found" if apart > 0 else "random"
             rows.append(("", "", "", "", None, None, None, apart, error, word))
-    header = ("", "subnet", "macs", "params", "inherited AP", "AP", "AP50", "front - random", "+-", "better")
+    header = ("", "subnet", "macs", "params", "inherited AP", "AP", "AP50", "found - random", "+-", "better")
     return table(rows, header)
 
 
@@ -124,15 +128,15 @@ def main() -> None:
     parser.add_argument("--name", default="hour", help="of this experiment: names its runs and results")
     parser.add_argument("--cfg", type=Path, default=ROOT / "cfg" / "models" / "tiny-search.yaml")
     parser.add_argument("--imgsz", type=int, default=192)
-    parser.add_argument("--search-epochs", type=int, default=24)
-    parser.add_argument("--epochs", type=int, default=20, help="of each of the six trainings")
+    parser.add_argument("--search-epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12, help="of each of the six trainings")
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--show", action="store_true", help="measure nothing")
     options = parser.parse_args()
     files = {
         f"{place}, {kind}": RESULTS / f"bccd-front-{options.name}-{place}-{kind}.json"
         for place in PLACES
-        for kind in ("front", "random")
+        for kind in ("found", "random")
     }
 
     if not options.show:

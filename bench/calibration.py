@@ -2,14 +2,16 @@
 
 python bench/calibration.py                        # trains a supernet first; about an hour on 2 idle cores
 python bench/calibration.py --weights runs/search/exp/last.pt     # of a supernet that a search has trained
+python bench/calibration.py --weights runs/bench/bccd-front-hour/search/last.pt --also val test    # of bccd_front.py
 python bench/calibration.py --train 200 --epochs 2 --judging 16 --subnets 3 --counts 32 --run /tmp/run --out /tmp/out
 python bench/calibration.py --show                 # the table of what was measured
 
 AP of the same subnets, drawn at random, with batch norms calibrated on N training images and on 4N, which hold those N;
 once on images as the search takes them (plain), once as training shows them (augmented). Beside it the AP with the
-running statistics that the supernet's training left behind. Judged on training images that the weights never saw. A
-cell is a kind and a count, kept as a JSON that grows by subnets. Exits with 1 where fewer than 95 % of the subnets have
-both APs within half a point, or where their mean is under .1, which proves nothing.
+running statistics that the supernet's training left behind. Judged on images that the weights never saw; with few of
+them, AP itself jumps by half a point. A cell is a kind and a count, kept as a JSON that grows by subnets. Exits with 1
+where fewer than 95 % of the subnets have both APs within half a point, or where their mean is under .1, which proves
+nothing.
 """
 
 from __future__ import annotations
@@ -84,8 +86,13 @@ def train(options: argparse.Namespace) -> Path:
     return folder / "last.pt"
 
 
-def made(weights: Path, judging: int) -> tuple[Supernet, DetectionSet, DetectionSet, tuple[str, ...]]:
-    """The trained supernet, the images of its weights, augmented as in training, and some that judge; the classes."""
+def made(
+    weights: Path, judging: int, splits: Sequence[str]
+) -> tuple[Supernet, DetectionSet, DetectionSet, tuple[str, ...]]:
+    """The trained supernet, the images of its weights, augmented as in training, and some that judge; the classes.
+
+    Those that judge are the search's own and, behind them, those of `splits`.
+    """
     options = weights.parent / "config.yaml"
     config = checked(SearchConfig, read_options(options, SearchConfig), str(options))
     checkpoint = load_checkpoint(weights)
@@ -96,6 +103,8 @@ def made(weights: Path, judging: int) -> tuple[Supernet, DetectionSet, Detection
         raise Fault(f"{options}: names no data")
     data = read_data_spec(config.data)
     weight_samples, judge_samples = split_train(read_split(data, "train").samples)
+    for split in splits:
+        judge_samples += read_split(data, split).samples
     seen = DetectionSet(weight_samples, config.imgsz, augmentation(config), config.seed)
     return supernet, seen, DetectionSet(judge_samples[:judging], config.imgsz, None, config.seed), tuple(data.names)
 
@@ -184,6 +193,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "bench" / "calibration", help="folder to train in")
     parser.add_argument("--subnets", type=int, default=60)
     parser.add_argument("--judging", type=int, default=200, help="images, at most")
+    parser.add_argument("--also", nargs="*", default=[], help="splits whose images judge too, where train has few")
     parser.add_argument("--counts", type=int, nargs="+", default=[32, 128], help="N, multiples of 32")
     parser.add_argument("--kinds", nargs="+", default=["plain", "augmented"], choices=("plain", "augmented"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch; default: all cores")
@@ -197,7 +207,7 @@ def main() -> int:
     files = {(kind, number): options.out / f"calibration-{kind}-{number}.json" for kind, number in cells}
     if not options.show:
         weights = options.weights or train(options)
-        parts = made(weights, options.judging)
+        parts = made(weights, options.judging, options.also)
         supernet, seen, judging, _ = parts
         about = {"subnets_of": supernet.spec.name, "imgsz": judging.imgsz, "judging": len(judging)}
         about |= {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}

@@ -1,5 +1,7 @@
-"""python -m data check DATA.yaml          what a data set holds, and every fault in it
-python -m data shapes datasets/shapes     draws the data set that the project ships
+"""python -m data check DATA.yaml [--html sheet.html]                what a data set holds, and every fault in it
+python -m data convert DATA.yaml --to coco -o FOLDER               the same boxes as YOLO, VOC or COCO
+python -m data split DATA.yaml train=0.8 val=0.2 -o FOLDER         divides it anew, class by class
+python -m data shapes datasets/shapes                              draws the data set that the project ships
 """
 
 from __future__ import annotations
@@ -8,34 +10,100 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data.check import check
+from data.check import check, report_text
+from data.config import FORMATS, SPLITS
+from data.contact_sheet import write_contact_sheet
+from data.convert import IMAGES, convert
 from data.shapes import draw_shapes
+from data.split import split_data
 from data.structures import Fault
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 2 when something is wrong with what the user gave, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m data", description="Draws and checks data sets.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    checks = commands.add_parser("check", help="print what a data set holds, and every fault in it")
-    checks.add_argument("data", help="the data YAML, as cfg/data/shapes.yaml")
-    shapes = commands.add_parser("shapes", help="draw the data set of shapes, unless it is there")
-    shapes.add_argument("folder", help="where to, as datasets/shapes")
-    shapes.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
+    """The exit code: 0, 2 when something is wrong with what the user gave, 130 for Ctrl-C.
+
+    ``check`` gives 1 where boxes or images are lost, or an image stands in several splits; 2 where a split is no use.
+    """
+    options = _parser().parse_args(argv)
     try:
-        if options.command == "check":
-            report, sound = check(options.data)
-            print(report)
-            return 0 if sound else 2
-        print(f"ready: {draw_shapes(options.folder, options.seed)}")
-        return 0
+        return COMMANDS[options.command](options)
     except (Fault, OSError) as problem:
         print(problem, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data", description="Draws, checks, converts, divides data sets.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = "the data YAML, as cfg/data/shapes.yaml"
+
+    checks = commands.add_parser("check", help="print what a data set holds, and every fault in it")
+    checks.add_argument("data", help=data)
+    checks.add_argument("--html", metavar="FILE", help="also write a page with pictures and boxes")
+    checks.add_argument("--pictures", type=int, default=60, help="on that page, at most")
+    checks.add_argument("--seed", type=int, default=0, help="of the choice of pictures")
+    checks.add_argument("--decode", action="store_true", help="decode every image, which takes its time")
+
+    converts = commands.add_parser("convert", help="write a data set in another format")
+    converts.add_argument("data", help=data)
+    converts.add_argument("--to", required=True, choices=FORMATS)
+    converts.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder")
+    converts.add_argument("--images", choices=IMAGES, default="link", help="images are links (default) or copies")
+
+    splits = commands.add_parser("split", help="divide a data set anew: lists of images and a data YAML")
+    splits.add_argument("data", help=data)
+    splits.add_argument("parts", nargs="+", metavar="PART=SHARE", help="as train=0.8 val=0.1 test=0.1")
+    splits.add_argument("-o", "--out", required=True, metavar="FOLDER", help="for the lists and data.yaml")
+    splits.add_argument("--of", nargs="+", choices=SPLITS, default=(), help="the splits to divide (default: all)")
+    splits.add_argument("--seed", type=int, default=0)
+
+    shapes = commands.add_parser("shapes", help="draw the data set of shapes, unless it is there")
+    shapes.add_argument("folder", help="where to, as datasets/shapes")
+    shapes.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _check(options: argparse.Namespace) -> int:
+    report = check(options.data, options.decode)
+    print(report_text(report))
+    if options.html:
+        write_contact_sheet(options.html, report, options.pictures, options.seed)
+        print(f"pictures: {options.html}")
+    return report.code
+
+
+def _convert(options: argparse.Namespace) -> int:
+    done = convert(options.data, options.to, options.out, options.images)
+    for note in done.notes:
+        print(f"note: {note}")
+    print(f"ready: {done.yaml}")
+    return 0
+
+
+def _split(options: argparse.Namespace) -> int:
+    shares: dict[str, float] = {}
+    for part in options.parts:
+        name, _, share = part.partition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            raise Fault(f"{part!r} is no share; as train=0.8 is right") from None
+        if name in shares:
+            raise Fault(f"{name} is given twice; one share a part is right")
+        shares[name] = value
+    print(f"ready: {split_data(options.data, options.out, shares, options.seed, options.of)}")
+    return 0
+
+
+def _shapes(options: argparse.Namespace) -> int:
+    print(f"ready: {draw_shapes(options.folder, options.seed)}")
+    return 0
+
+
+COMMANDS = {"check": _check, "convert": _convert, "split": _split, "shapes": _shapes}
 
 
 if __name__ == "__main__":

@@ -1,28 +1,41 @@
 """The data YAML: where the images are, how they are split, what the classes are called.
 
 path: ../../datasets/shapes     # the data set's folder; relative to this file; left out: this file's folder
-train: images/train             # a folder of images, or a .txt list of images; relative to path
+train: images/train             # a folder of images, or a .txt list of images, or several: [a, b]; relative to path
 val: images/val
 names: [circle, square]         # or {0: circle, 1: square}
-format: yolo                    # or voc
+format: yolo                    # or voc, or coco
 
-`images` and `annotations` name the folders of a VOC layout, in which the lists hold bare ids. `test` and `nc` may
-be left out. `download` says how to get the data set; it is shown when the folder is missing and never run.
+COCO's instances JSON takes the place of the images, which are then looked for, or stands beside them:
+
+train: annotations/instances_train2017.json        # format coco is understood
+train: images/train2017                            # or so
+train_json: annotations/instances_train2017.json
+
+`annotations` names the folder of the label files where it is not the usual one. `images` names the folder of the images
+where lists hold bare ids, as those of a VOC layout do, or where a JSON's images lie. `test` and `nc` may be left out,
+and `names` where a JSON has them. `download` says how to get the data set; it is shown when the folder is missing and
+never run.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
+from data.coco_json import category_names
 from data.structures import Fault, nearest
 
-FORMATS = ("yolo", "voc")
+FORMATS = ("yolo", "voc", "coco")
 SPLITS = ("train", "val", "test")
-KEYS = ("path", *SPLITS, "names", "nc", "format", "images", "annotations", "download")
+JSONS = tuple(f"{split}_json" for split in SPLITS)
+IGNORED = ("roboflow",)  # what other programs leave in a data YAML and nobody needs
+KEYS = ("path", *SPLITS, *JSONS, "names", "nc", "format", "images", "annotations", "download", *IGNORED)
+
+Source = str | tuple[str, ...] | None  # one place, or several
 
 
 @dataclass(frozen=True)
@@ -33,12 +46,37 @@ class DataSpec:
     names: tuple[str, ...]
     format: str
     root: Path
-    train: str | None = None
-    val: str | None = None
-    test: str | None = None
+    train: Source = None
+    val: Source = None
+    test: Source = None
     images: str | None = None
     annotations: str | None = None
     download: str | None = None
+    train_json: Source = None
+    val_json: Source = None
+    test_json: Source = None
+
+    def sources(self, split: str) -> tuple[Path, ...]:
+        """The folders, lists and JSONs that a split's images come from, as whole paths; none where it is not given."""
+        return tuple(self.place(source) for source in several(getattr(self, split)))
+
+    def jsons(self, split: str) -> tuple[Path, ...]:
+        """The JSONs that a split's labels come from."""
+        beside = tuple(self.place(source) for source in several(getattr(self, f"{split}_json")))
+        return beside or tuple(path for path in self.sources(split) if path.suffix == ".json")
+
+    def place(self, source: str) -> Path:
+        """Where a source lies. Some tools write ``../train/images`` for ``train/images``; that is understood."""
+        place = Path(os.path.abspath(self.root / Path(source).expanduser()))
+        if source.startswith("../") and not place.exists():
+            inside = Path(os.path.abspath(self.root / source.removeprefix("../")))
+            return inside if inside.exists() else place
+        return place
+
+
+def several(source: Source) -> tuple[str, ...]:
+    """One or many as many."""
+    return (source,) if isinstance(source, str) else source or ()
 
 
 def read_data_spec(path: str | Path) -> DataSpec:
@@ -68,30 +106,62 @@ def read_data_spec(path: str | Path) -> DataSpec:
             raise fault(key, f"{key} is a {_kind(node)}; one text is right")
         return node.value or None
 
-    if "names" not in values:
-        raise fault("names", "no names; list the classes: names: [circle, square]")
-    names = _names(path, values["names"])
-    count = word("nc")
-    if count is not None and count != str(len(names)):
-        raise fault("nc", f"nc is {count}, but there are {len(names)} names; leave nc out, or make them agree")
-    kind = word("format") or "yolo"
+    def words(key: str) -> Source:
+        node = values.get(key)
+        if not isinstance(node, yaml.SequenceNode):
+            return word(key)
+        if not node.value or not all(isinstance(item, yaml.ScalarNode) and item.value for item in node.value):
+            raise fault(key, f"{key} is a list of something else than texts; as [images/a, images/b] is right")
+        return tuple(item.value for item in node.value)
+
+    sources = {key: words(key) for key in (*SPLITS, *JSONS)}
+    given = [key for key in SPLITS if sources[key]]
+    if not given:
+        raise fault("train", "none of train, val and test is given; add train: images/train")
+    for split, key in zip(SPLITS, JSONS, strict=True):
+        if sources[key] and not sources[split]:
+            raise fault(key, f"{key} is given and {split} is not; {split}: is the folder of its images")
+    has_json = any(source.endswith(".json") for key in SPLITS for source in several(sources[key]))
+    kind = word("format") or ("coco" if has_json or any(sources[key] for key in JSONS) else "yolo")
     if kind not in FORMATS:
         raise fault("format", f"format {kind!r} is not known; one of {', '.join(FORMATS)}{nearest(kind, FORMATS)}")
-    if not any(word(split) for split in SPLITS):
-        raise fault("train", "none of train, val and test is given; add train: images/train")
+    for split, key in zip(SPLITS, JSONS, strict=True):
+        jsons = [source for source in several(sources[split]) if source.endswith(".json")]
+        if kind == "coco" and sources[split] and not sources[key] and len(jsons) != len(several(sources[split])):
+            raise fault(split, f"{split} has no JSON; add {key}: annotations/instances_{split}.json")
+        if jsons and (kind != "coco" or sources[key]):
+            wrong = f"is a JSON and {key} is one too" if kind == "coco" else f"is a JSON, but format is {kind}"
+            raise fault(split, f"{split} {wrong}; one of the two is right")
+
     root = Path(os.path.abspath(path.parent / Path(word("path") or ".").expanduser()))
-    return DataSpec(
+    spec = DataSpec(
         path,
-        names,
+        (),
         kind,
         root,
-        train=word("train"),
-        val=word("val"),
-        test=word("test"),
         images=word("images"),
         annotations=word("annotations"),
         download=word("download"),
+        **sources,
     )
+    if "names" in values:
+        names = _names(path, values["names"])
+    elif kind == "coco":
+        check_root(spec)
+        names = category_names(spec.jsons(given[0])[0])
+    else:
+        raise fault("names", "no names; list the classes: names: [circle, square]")
+    count = word("nc")
+    if count is not None and count != str(len(names)):
+        raise fault("nc", f"nc is {count}, but there are {len(names)} names; leave nc out, or make them agree")
+    return replace(spec, names=names)
+
+
+def check_root(data: DataSpec) -> None:
+    """Raises a Fault where the data set's folder is missing; it says how to get it, where the YAML does."""
+    if not data.root.is_dir():
+        how = f"get it with: {data.download.strip()}" if data.download else "set 'path' to where the data set lies"
+        raise Fault(f"{data.path}: the folder {data.root} does not exist; {how}")
 
 
 def _top_level(path: Path, text: str) -> dict[str, yaml.Node]:

@@ -12,19 +12,28 @@ import numpy as np
 from data.structures import Fault
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+REDUCED = {  # cv2's flag by the divisor of both sides
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 mean that the stored picture lies on its side
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, reduction: int = 1) -> np.ndarray:
     """Pixels ``[H, W, 3]`` uint8 RGB, turned upright as the file's EXIF says.
+
+    `reduction` 2, 4 or 8 gives a picture of which each side is that fraction. A JPEG is then decoded at this size,
+    each pixel from the low frequencies of its block, which is faster than all pixels and as clean as their mean.
 
     Raises:
         Fault: when the file is missing or is no image.
     """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    image = cv2.imread(str(path), REDUCED[reduction])
     if image is None:
         raise unreadable(path)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 def unreadable(path: str | Path) -> Fault:

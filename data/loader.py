@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from data.dataset import ORDER, DetectionSet, Item
+from data.dataset import NEAR, DetectionSet, Item, order
 from data.structures import Batch, Fault, Targets
 
 
@@ -18,16 +19,28 @@ from data.structures import Batch, Fault, Targets
 class Batches:
     """The batches of one epoch. Each iteration starts anew and gives the same."""
 
-    loader: DataLoader[Item]
+    loader: DataLoader[list[Batch]]
+    lists: list[list[int]]  # the images of each
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.lists)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from self.loader
+            for run in self.loader:
+                yield from run
         except Fault as fault:  # a worker's comes with its traceback in front
             raise Fault(fault.lines[-1].strip().split("Fault: ")[-1]) from None
+
+
+class Runs(Dataset[list[Batch]]):
+    """Batches that one process makes one after the other, from the lists of their images."""
+
+    def __init__(self, items: DetectionSet) -> None:
+        self.items = items
+
+    def __getitem__(self, lists: list[list[int]]) -> list[Batch]:
+        return [collate([self.items[index] for index in indices]) for indices in lists]
 
 
 def batches(
@@ -41,35 +54,61 @@ def batches(
     drop_last: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    start_method: str | None = None,
 ) -> Batches:
     """One epoch of `dataset` in batches; the last may be smaller unless `drop_last`.
 
     Shuffled by (seed, epoch); augmented by (the dataset's seed, epoch). The number of workers changes nothing but
     the speed, and no global random state is read or moved. An unreadable image raises a `Fault` while iterating.
+    Workers start as the system's habit is, or by `start_method` (fork, forkserver, spawn).
+
+    Where the dataset has rectangles, images alike in shape share a batch, and all are padded to the smallest rectangle
+    that holds them. The batches come from wide to tall, or shuffled, and so do images of one shape.
 
     Of several processes, `rank` gets its share of every batch: every `world_size`-th image of it. Shares differ by one
     image at most and none is empty: what is left at the end is a batch of its own only where it holds an image for
     each process, else it joins the batch before it. `batch_size` and the number of images must be `world_size` or more.
     """
     indices = order(len(dataset), epoch, seed) if shuffle else np.arange(len(dataset))
+    if dataset.rect:
+        if drop_last:  # else it would always be the tallest images that are left over
+            indices = indices[: len(indices) // batch_size * batch_size]
+        sizes = [dataset.size(int(index)) for index in tqdm(indices, "reading sizes", delay=2, leave=False)]
+        indices = indices[np.argsort([height / width for width, height in sizes], kind="stable")]
     starts = range(batch_size, len(indices) - world_size + 1, batch_size)  # of the batches behind the first
     whole = [chunk for chunk in np.split(indices, starts) if len(chunk)]
     if drop_last and whole and len(whole[-1]) < batch_size:
         whole.pop()
+    shapes = shared_shapes(dataset, whole) if dataset.rect else None
+    if dataset.rect and shuffle:
+        whole = [whole[number] for number in order(len(whole), epoch, seed)]
     lists = [chunk[rank::world_size].tolist() for chunk in whole]
     assert all(lists), f"{len(indices)} images in batches of {batch_size} leave one of {world_size} processes idle"
     if workers > 0:
         dataset.fill_cache()
-    loader: DataLoader[Item] = DataLoader(
-        dataset.at_epoch(epoch),
-        batch_sampler=lists,
+    mosaics = dataset.augment is not None and dataset.augment.mosaic > 0
+    # images that are in each other's mosaics go to one process, which decodes them once
+    run = max(1, NEAR // batch_size) if workers > 0 and mosaics and not dataset.is_cached() else 1
+    loader: DataLoader[list[Batch]] = DataLoader(
+        Runs(dataset.at_epoch(epoch, shapes)),
+        sampler=[lists[first : first + run] for first in range(0, len(lists), run)],
+        batch_size=None,
         num_workers=workers,
-        collate_fn=collate,
+        prefetch_factor=(2 if run == 1 else 1) if workers > 0 else None,
+        multiprocessing_context=start_method,
         worker_init_fn=one_thread,
         generator=torch.Generator(),  # or torch would draw from the global one
         pin_memory=False,
     )
-    return Batches(loader)
+    return Batches(loader, lists)
+
+
+def shared_shapes(dataset: DetectionSet, whole: Sequence[np.ndarray]) -> np.ndarray:
+    """Height and width ``[images, 2]`` of the smallest rectangle that holds all images of a batch, for each of them."""
+    shapes = np.zeros((len(dataset), 2), dtype=np.int64)
+    for chunk in whole:
+        shapes[chunk] = np.max([dataset.shape(int(index)) for index in chunk], axis=0)
+    return shapes
 
 
 def batch_at(
@@ -84,11 +123,6 @@ def batch_at(
     chunk = order(len(dataset), epoch + 1, seed)[place * batch_size : (place + 1) * batch_size]
     items = dataset.at_epoch(epoch + 1)
     return collate([items[int(index)] for index in chunk[rank::world_size]])
-
-
-def order(count: int, epoch: int, seed: int) -> np.ndarray:
-    """The shuffled indices ``[count]`` of an epoch."""
-    return np.random.default_rng((seed, epoch, ORDER)).permutation(count)
 
 
 def collate(items: Sequence[Item]) -> Batch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +36,32 @@ def nearest(word: object, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def _none_of(shape: tuple[int, ...], kind: type) -> np.ndarray:
+    return field(default_factory=lambda: np.zeros(shape, dtype=kind))
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One labelled image on disk: boxes ``[M, 4]`` float32 in pixels of the original image, labels ``[M]`` int64."""
+    """One labelled image on disk: boxes ``[M, 4]`` float32 in pixels of the original image, labels ``[M]`` int64.
+
+    Attributes:
+        areas: ``[M]`` float64 square pixels of the objects themselves, where the file knows them (COCO's are those of
+            the outline); None: the area of the box.
+        ignored_boxes: ``[K, 4]`` float32, objects that training never sees and evaluation does not ask for:
+            VOC's difficult ones and COCO's crowds.
+        ignored_labels: ``[K]`` int64.
+        ignored_crowd: ``[K]`` bool; a crowd's overlap is measured over the detection's own area.
+        image_id: COCO's number of the image.
+    """
 
     path: Path
     boxes: np.ndarray
     labels: np.ndarray
+    areas: np.ndarray | None = None
+    ignored_boxes: np.ndarray = _none_of((0, 4), np.float32)
+    ignored_labels: np.ndarray = _none_of((0,), np.int64)
+    ignored_crowd: np.ndarray = _none_of((0,), np.bool_)
+    image_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images ``[N, 3, S, S]`` uint8 RGB with their targets; one letterbox and one sample index an image."""
+    """Images ``[N, 3, H, W]`` uint8 RGB with their targets; one letterbox and one sample index an image."""
 
     images: Tensor
     targets: Targets

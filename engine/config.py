@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from data.structures import Fault, nearest
 from engine.runs import atomically
 from models.checkpoint import Checkpoint, load_checkpoint
 
 MOVABLE = {"resume", "data", "device", "workers"}  # options that a resumed run may change: they say where, not what
+MOVABLE_IN_TRAINING = {"epochs", "patience", "save_period", "cache", "teacher", "noplots"}  # and these, by train.py
 SPELLINGS = {"imgsz": ("--img", "--img-size"), "batch_size": ("--batch",)}  # that yolov5 knows too
+ALONE = {"cache": "ram"}  # what an option means that is given without a value
+CACHES: dict[bool | str, str] = {True: "ram", "true": "ram", False: "off", "false": "off"}  # as first versions had it
+
+# What yolov5's hyper-parameter files hold and this program lacks: what it would be, and the value that means "none".
+# None: it has no effect there either.
+LACKING: dict[str, tuple[str, float | None]] = {
+    "shear": ("shearing", 0.0),
+    "perspective": ("perspective", 0.0),
+    "copy_paste": ("pasting of segments; copy_small pastes small boxes", 0.0),
+    "fl_gamma": ("focal loss", 0.0),
+    "cls_pw": ("weight of positive classes", 1.0),
+    "obj_pw": ("weight of positive objectness", 1.0),
+    "iou_t": ("IoU threshold of training", None),
+}
+
+
+Row = Annotated[str, Field(coerce_numbers_to_str=True)]  # of a model: its number or its name
+
+
+def _known_cache(value: Any) -> Any:
+    if isinstance(value, str):
+        return CACHES.get(value.lower(), value)
+    return CACHES[value] if isinstance(value, bool) else value
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int) else value
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("a batch has 1 image or more; -1 finds how many fit")
+    return value
 
 
 class RunConfig(BaseModel):
@@ -38,28 +72,57 @@ class RunConfig(BaseModel):
     exist_ok: bool = Field(default=False, description="take the folder even where it exists")
     seed: int = Field(default=0, ge=0, description="everything that is drawn by chance comes from it")
     workers: int = Field(default=0, ge=0, description="processes that prepare images; 0 prepares them in this one")
-    cache: bool = Field(default=True, description="keep images in memory, scaled to imgsz, 1 GiB a split at most")
+    cache: Annotated[Literal["ram", "disk", "off"], BeforeValidator(_known_cache)] = Field(
+        default="ram", description="where decoded images are kept: ram takes 1 GiB a split at most"
+    )
     amp: Literal["auto", "off", "bf16", "fp16"] = Field(
         default="auto", description="numbers of the forward pass; auto measures on a CPU whether bf16 pays"
     )
 
-    optimizer: Literal["auto", "SGD", "AdamW"] = Field(
+    noautoanchor: bool = Field(
+        default=False, description="keep the anchors of --cfg even where they reach less than 98 % of the boxes"
+    )
+
+    optimizer: Literal["auto", "SGD", "Adam", "AdamW"] = Field(
         default="auto", description="auto: AdamW under 2,000 steps, else SGD"
     )
     lr0: float | None = Field(
-        default=None, gt=0, description="largest learning rate; default 0.01 for SGD, 0.005 for AdamW"
+        default=None, gt=0, description="largest learning rate; default 0.01 for SGD, 0.005 for Adam and AdamW"
     )
     lrf: float = Field(default=0.01, ge=0, le=1, description="the last learning rate is lr0 * lrf")
-    momentum: float = Field(default=0.937, ge=0, lt=1, description="of SGD; beta1 of AdamW")
+    cos_lr: bool = Field(default=True, description="the learning rate falls along a cosine, else along a line")
+    momentum: float = Field(default=0.937, ge=0, lt=1, description="of SGD; beta1 of Adam and AdamW")
     weight_decay: float = Field(default=5e-4, ge=0, description="of convolution and linear weights")
     warmup_epochs: float = Field(
         default=3.0, ge=0, description="epochs of rising learning rate; a tenth of the run at most"
     )
+    warmup_momentum: float | None = Field(
+        default=None, ge=0, lt=1, description="momentum of the first step, which rises meanwhile; default momentum"
+    )
+    warmup_bias_lr: float | None = Field(
+        default=None, ge=0, description="learning rate of biases in the first step; default as of all weights"
+    )
+
+    box: float | None = Field(default=None, ge=0, description="gain of the box loss; default that of the head")
+    obj: float | None = Field(default=None, ge=0, description="gain of the objectness loss, likewise")
+    cls: float | None = Field(default=None, ge=0, description="gain of the class loss, likewise")
+    dfl: float | None = Field(default=None, ge=0, description="gain of the distribution focal loss, likewise")
+    anchor_t: float | None = Field(
+        default=None, gt=1, description="largest ratio of a box to its anchor; default that of the head"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="s: a class should score 1 - s/2, others s/2")
+    teacher: Path | None = Field(default=None, description="checkpoint to learn from as well, of the same classes")
+    distill: float | None = Field(default=None, ge=0, description="gain of the loss against --teacher; default 1")
 
     mosaic: float = Field(default=1.0, ge=0, le=1, description="probability of joining four images")
     close_mosaic: int | None = Field(
         default=None, ge=0, description="last epochs without mosaic; default a tenth, 1 to 10"
     )
+    mixup: float = Field(default=0.0, ge=0, le=1, description="probability of blending two images")
+    copy_small: float = Field(
+        default=0.0, ge=0, le=1, description="probability of pasting an image's small objects at free places again"
+    )
+    multi_scale: bool = Field(default=False, description="every batch at a size of its own, imgsz -50 to +50 %")
     scale: float = Field(default=0.5, ge=0, le=0.9, description="images are scaled by 1 - scale to 1 + scale")
     translate: float = Field(default=0.1, ge=0, le=0.9, description="and moved by up to this fraction of imgsz")
     degrees: float = Field(default=0.0, ge=0, le=180, description="and turned by up to this angle")
@@ -78,6 +141,23 @@ class TrainConfig(RunConfig):
 
     resume: Path | None = Field(default=None, description="run folder, or its last.pt, to go on with")
     project: Path = Field(default=Path("runs/train"), description="folder of the runs")
+    batch_size: Annotated[int, AfterValidator(_not_zero)] = Field(
+        default=16, ge=-1, description="images a step; -1 finds how many fit"
+    )
+    single_cls: bool = Field(default=False, description="train as if all classes were one")
+    rect: bool = Field(
+        default=False, description="batches of images alike in shape, in the smallest rectangle; without mosaic"
+    )
+    freeze: Annotated[tuple[Row, ...], BeforeValidator(_several)] = Field(
+        default=(), description="rows whose weights stay: one number N for the first N, or several numbers or names"
+    )
+    sync_bn: bool = Field(default=False, description="batch norms see the batches of all GPUs; needs several")
+    patience: int | None = Field(
+        default=None, ge=0, description="epochs without a better AP before a run stops; default 100, 0 never stops"
+    )
+    save_period: int = Field(default=0, ge=0, description="epochs between checkpoints that are kept; 0 keeps none")
+    noplots: bool = Field(default=False, description="draw no pictures into the run's folder")
+    tune: int = Field(default=0, ge=0, description="trials of a search for hyper-parameters, instead of one training")
     noval: bool = Field(default=False, description="evaluate after the last epoch only")
     val_interval: int = Field(
         default=1, ge=1, description="epochs between evaluations; a short run makes about 10 at most"
@@ -108,7 +188,8 @@ def _line(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
     shown = option_name(name) if where == "--" else f"{where}: {name}" if where else name
     if error["type"] == "extra_forbidden":
         return f"{shown}: there is no such option{nearest(name, model.model_fields)}"
-    return f"{shown}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    told = error["msg"].removeprefix("Value error, ")
+    return f"{shown}: {told[0].lower()}{told[1:]}, got {error['input']!r}"
 
 
 def option_name(field: str) -> str:
@@ -119,38 +200,42 @@ def option_name(field: str) -> str:
 def add_options(parser: ArgumentParser, model: type[BaseModel] = TrainConfig) -> None:
     """Add an option a field of a config. Values stay text, for `checked` to check; absent if not given.
 
-    A field that is a tuple may be given several times.
+    A field that is a tuple takes several values, and may be given several times.
     """
     for name, field in model.model_fields.items():
         names = (option_name(name), *SPELLINGS.get(name, ()))
         text = (field.description or "").replace("%", "%%")
         if field.annotation is bool:
-            action = BooleanOptionalAction if field.default else "store_true"  # --no-cache turns off what is on
+            action = BooleanOptionalAction if field.default else "store_true"  # --no-cos-lr turns off what is on
             parser.add_argument(*names, dest=name, action=action, default=SUPPRESS, help=text)
         else:
             default = "" if field.default in (None, "", ()) else f" ({field.default})"
             several = get_origin(field.annotation) is tuple
+            number = {"nargs": "+"} if several else {"nargs": "?", "const": ALONE[name]} if name in ALONE else {}
             parser.add_argument(
                 *names,
                 dest=name,
-                action="append" if several else "store",
+                action="extend" if several else "store",
                 default=SUPPRESS,
                 metavar=_metavar(field.annotation),
                 help=text + default,
+                **number,  # type: ignore[arg-type]
             )
 
 
 def _metavar(annotation: Any) -> str:
-    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    kinds = [kind for kind in get_args(annotation) if kind not in (type(None), ...)] or [annotation]
     return "|".join(
-        kind if isinstance(kind, str) else {Path: "PATH", int: "N", str: "NAME"}.get(kind, "X") for kind in kinds
+        kind if isinstance(kind, str) else {Path: "PATH", int: "N", str: "NAME", Row: "ROW"}.get(kind, "X")
+        for kind in kinds
     )
 
 
 def read_options(path: str | Path, model: type[BaseModel] = TrainConfig) -> dict[str, Any]:
     """The options in a YAML file (``lr0: 0.02``), yet to be checked. Raises a Fault with file and line.
 
-    Only an option that may be given several times, a tuple in `model`, may be a list here.
+    Only an option that takes several values, a tuple in `model`, may be a list here. A hyper-parameter file of yolov5
+    is read too: what is `LACKING` here may stand in it with the value that means none.
     """
     path = Path(path)
     try:
@@ -165,9 +250,13 @@ def read_options(path: str | Path, model: type[BaseModel] = TrainConfig) -> dict
     if not isinstance(root, yaml.MappingNode):
         raise Fault(f"{path}:1: options are lines such as 'lr0: 0.02'")
     values: dict[str, Any] = {}
+    lacking = []
     for key, value in root.value:
         where = f"{path}:{key.start_mark.line + 1}"
         name = str(key.value)
+        if name in LACKING:
+            lacking += _not_neutral(value, where, name)
+            continue
         if name not in model.model_fields:
             raise Fault(f"{where}: there is no option {name!r}{nearest(name, model.model_fields)}")
         if name in values:
@@ -177,7 +266,20 @@ def read_options(path: str | Path, model: type[BaseModel] = TrainConfig) -> dict
             values[name] = tuple(_scalar(item, where, name) for item in items)
         else:
             values[name] = _scalar(value, where, name)
+    if lacking:
+        raise Fault(*lacking)
     return values
+
+
+def _not_neutral(node: yaml.Node, where: str, name: str) -> list[str]:
+    """A line where an option of yolov5 asks for what this program lacks."""
+    meaning, neutral = LACKING[name]
+    given = _scalar(node, where, name)
+    try:
+        asked = neutral is not None and float(given or 0) != neutral
+    except ValueError:
+        asked = True
+    return [f"{where}: {name} {given}: there is no {meaning} here; {neutral:g} would be right"] if asked else []
 
 
 def _scalar(node: yaml.Node, where: str, name: str) -> str | None:
@@ -192,18 +294,20 @@ def save_config(path: str | Path, config: BaseModel) -> None:
         temporary.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"resume"}), sort_keys=False))
 
 
-def reopen(config: Config, resume: Path, script: str) -> tuple[Config, Path, Checkpoint]:
+def reopen(
+    config: Config, resume: Path, script: str, movable: Set[str] = frozenset(MOVABLE)
+) -> tuple[Config, Path, Checkpoint]:
     """The config, folder and last checkpoint of the run at `resume`: its folder or a file in it. A Fault if it cannot
     go on.
 
-    Only what is `MOVABLE` may be set in `config`: the rest is as the run began. `script` is the door that may go on
+    Only what is `movable` may be set in `config`: the rest is as the run began. `script` is the door that may go on
     with it, ``train.py`` or ``search.py``.
     """
     folder = resume if resume.is_dir() else resume.parent
     last, options = folder / "last.pt", folder / "config.yaml"
     if not last.is_file():
         raise Fault(f"--resume {resume}: no {last}; a run that has finished an epoch has one; start it anew")
-    fixed = sorted(config.model_fields_set - MOVABLE)
+    fixed = sorted(config.model_fields_set - movable)
     if fixed:
         names = ", ".join(map(option_name, fixed))
         raise Fault(f"{names}: cannot change in a run that goes on; leave it out, or start anew with --weights {last}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ FONT = cv2.FONT_HERSHEY_SIMPLEX
 Color = tuple[int, int, int]
 
 
+@cache
 def class_color(label: int) -> Color:
     """A colour for a class, always the same: hues a golden angle apart, so neighbours in number differ most."""
     hue = int(180 * (0.02 + label * 0.618033988749895) % 180)  # OpenCV's hues end at 180
@@ -52,15 +54,25 @@ def draw_box(image: np.ndarray, box: Sequence[float], color: Color, text: str = 
     cv2.putText(image, text, (left + 2, top + text_height + 1), FONT, scale, ink, weight, cv2.LINE_AA)
 
 
-def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str], thickness: int = 0) -> np.ndarray:
+def draw_detections(
+    image: np.ndarray,
+    found: Detections,
+    names: Sequence[str],
+    thickness: int = 0,
+    *,
+    show_labels: bool = True,
+    show_scores: bool = True,
+) -> np.ndarray:
     """A copy of ``image`` with every detection, class name and score; boxes in pixels of this image.
 
-    ``thickness`` 0 suits the size of the image. The best detections are drawn last, on top.
+    ``thickness`` 0 suits the size of the image. The best detections are drawn last, on top. Without ``show_labels``
+    there are boxes only, without ``show_scores`` names only.
     """
-    picture = np.ascontiguousarray(image).copy()
+    picture = np.array(image, order="C")
     rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
     for box, score, label in reversed(list(rows)):
-        draw_box(picture, box, class_color(label), f"{names[label]} {score:.2f}", thickness)
+        text = f"{names[label]} {score:.2f}" if show_scores else names[label]
+        draw_box(picture, box, class_color(label), text if show_labels else "", thickness)
     return picture
 
 

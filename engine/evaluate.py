@@ -1,18 +1,19 @@
 """How good a detector is: COCO's twelve numbers, and how long an image takes.
 
 The metric is pycocotools', or faster-coco-eval's where that is installed (the ``fast`` extra): the same numbers to
-1e-6, some ten times sooner.
+1e-6, several times sooner. VOC's numbers are in `engine.voc`, the pictures in `engine.plots`.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -24,12 +25,15 @@ from tqdm import tqdm
 
 from data.config import read_data_spec
 from data.dataset import DetectionSet
+from data.images import image_size
 from data.loader import batches
 from data.readers import read_split
 from data.structures import Batch, Detections, Fault, Letterbox, Sample
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.nms import nms
-from engine.runs import table
+from engine.plots import draw_evaluation
+from engine.runs import new_run, table, write_text
+from engine.voc import VocMetrics, voc_metrics
 from models.checkpoint import load_checkpoint, restore
 from models.network import Network
 
@@ -40,15 +44,19 @@ NUMBERS = (
 
 JACKKNIFE_GROUPS = 10
 CALIBRATION_BATCH = 32
+NO_AREA = -1.0  # of an ignored object: it is of no size, and no size's number asks for it
+HIGH_CONFIDENCE = 0.01  # from here on AP is noticeably too low
+ONE_CLASS = ("item",)  # what all classes are called as one, as in yolov5
 
 
 @dataclass(frozen=True)
 class Metrics:
     """COCO's numbers over one split, each 0 to 1, or nan where no ground truth asks for it.
 
-    ``per_class`` holds ``(name, ap, ap50)`` of every class. small is under 32x32, large over 96x96 pixels of the
-    original image; ar1, ar10, ar100 allow so many detections an image and class. ``ms_per_image`` says where the
-    time went: read, network, nms.
+    ``per_class`` holds ``(name, ap, ap50)`` of every class, ``per_class_sizes`` its AP of small, medium and large
+    objects. small is under 32x32, large over 96x96 pixels of the original image, by the object's own area where the
+    data has it; ar1, ar10, ar100 allow so many detections an image and class. ``ms_per_image`` says where the time
+    went: read, network, nms.
     """
 
     ap: float
@@ -66,6 +74,7 @@ class Metrics:
     per_class: tuple[tuple[str, float, float], ...]
     images: int
     ms_per_image: dict[str, float] = field(default_factory=dict)
+    per_class_sizes: tuple[tuple[float, float, float], ...] = ()
 
     def table(self) -> str:
         """AP and AP50 of all classes together, then of each class, in aligned columns."""
@@ -98,8 +107,10 @@ def coco_metrics(
     """COCO metrics of the detections of each image against its sample; all boxes in original pixels.
 
     ``names`` are the classes, the n-th for label n. Where a number has no ground truth to be measured on (a class,
-    a size) it is left out of the means, and nan if nothing remains. ``backend`` is ``pycocotools`` or
-    ``faster_coco_eval``; None takes the faster one that is installed.
+    a size) it is left out of the means, and nan if nothing remains. A detection that matches an ignored object
+    counts neither for nor against; a crowd takes any number of them, each by the share of its own area that lies in
+    the crowd, another ignored object takes one. ``backend`` is ``pycocotools`` or ``faster_coco_eval``; None takes
+    the faster one that is installed.
     """
     return _metrics(_matched(truths, detections, names, backend), names, len(truths))
 
@@ -141,6 +152,10 @@ def _metrics(evaluation: Any, names: Sequence[str], images: int) -> Metrics:
             for label, name in enumerate(names)
         ),
         images=images,
+        per_class_sizes=tuple(
+            (_mean(sizes[:, :, 0]), _mean(sizes[:, :, 1]), _mean(sizes[:, :, 2]))
+            for sizes in np.moveaxis(precision[:, :, :, 1:, -1], 2, 0)
+        ),
     )
 
 
@@ -161,24 +176,50 @@ def _ap_without(evaluation: Any, images: int, groups: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _rows(image: int, boxes: Any, labels: Any, scores: Any = None) -> list[dict[str, Any]]:
-    """COCO annotations of one image; xyxy becomes xywh in float64, so that nothing is rounded on the way."""
-    xyxy = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1).tolist()
-    rows = [
-        {"image_id": image, "category_id": int(label), "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for box, label in zip(xywh, np.asarray(labels).tolist(), strict=True)
+def _coco(frame: dict[str, list[dict[str, Any]]], rows: Iterable[tuple[Any, ...]]) -> dict[str, Any]:
+    """A COCO data set of rows ``image, box, label, area, crowd, score``, boxes xyxy.
+
+    Ids start at 1: the evaluation takes 0 for "not matched".
+    """
+    annotations = [
+        {
+            "id": number,
+            "image_id": image,
+            "category_id": label,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": area,
+            "iscrowd": crowd,
+            "score": score,
+        }
+        for number, (image, (x1, y1, x2, y2), label, area, crowd, score) in enumerate(rows, start=1)
     ]
-    if scores is not None:
-        for row, score in zip(rows, np.asarray(scores, dtype=np.float64).tolist(), strict=True):
-            row["score"] = score
-    return rows
+    return {**frame, "annotations": annotations}
 
 
-def _coco(frame: dict[str, list[dict[str, Any]]], rows: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
-    """A COCO data set. Ids start at 1: the evaluation takes 0 for "not matched"."""
-    annotations = [row for image_rows in rows for row in image_rows]
-    return {**frame, "annotations": [{**row, "id": number} for number, row in enumerate(annotations, start=1)]}
+def _true_rows(truths: Sequence[Sample]) -> Iterator[tuple[Any, ...]]:
+    """What `_coco` takes, of the objects and behind them the ignored ones of each image."""
+    for image, truth in enumerate(truths):
+        areas = _areas(truth.boxes) if truth.areas is None else truth.areas
+        objects = zip(truth.boxes.tolist(), truth.labels.tolist(), areas.tolist(), strict=True)
+        yield from ((image, box, label, area, 0, 0.0) for box, label, area in objects)
+        ignored = zip(
+            truth.ignored_boxes.tolist(), truth.ignored_labels.tolist(), truth.ignored_crowd.tolist(), strict=True
+        )
+        yield from ((image, box, label, NO_AREA, int(crowd), 0.0) for box, label, crowd in ignored)
+
+
+def _found_rows(detections: Sequence[Detections]) -> Iterator[tuple[Any, ...]]:
+    """What `_coco` takes, of the detections of each image."""
+    for image, found in enumerate(detections):
+        areas = _areas(found.boxes.numpy()).tolist()
+        rows = zip(found.boxes.tolist(), found.labels.tolist(), areas, found.scores.tolist(), strict=True)
+        yield from ((image, box, label, area, 0, score) for box, label, area, score in rows)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    """Areas ``[M]`` of boxes xyxy, in float64 so that nothing is rounded on the way."""
+    sides = boxes[:, 2:].astype(np.float64) - boxes[:, :2].astype(np.float64)
+    return sides[:, 0] * sides[:, 1]
 
 
 def _matched(
@@ -188,8 +229,6 @@ def _matched(
     assert len(truths) == len(detections), f"{len(truths)} images, but detections of {len(detections)}"
     if not truths:
         return None
-    true_rows = [_rows(image, truth.boxes, truth.labels) for image, truth in enumerate(truths)]
-    found_rows = [_rows(image, found.boxes, found.labels, found.scores) for image, found in enumerate(detections)]
     frame: dict[str, list[dict[str, Any]]] = {
         "images": [{"id": image} for image in range(len(truths))],
         "categories": [{"id": label, "name": name} for label, name in enumerate(names)],
@@ -206,7 +245,7 @@ def _matched(
 
     with redirect_stdout(io.StringIO()):
         tables = []
-        for rows in (true_rows, found_rows):
+        for rows in (_true_rows(truths), _found_rows(detections)):
             coco = COCO()
             coco.dataset = _coco(frame, rows)
             coco.createIndex()
@@ -278,6 +317,66 @@ def in_corner(batch: Batch) -> Batch:
     )
 
 
+def detections_of(
+    network: Network,
+    dataset: DetectionSet,
+    *,
+    batch_size: int = 16,
+    conf: float = 0.001,
+    iou: float = 0.6,
+    max_det: int = 300,
+    agnostic: bool = False,
+    classes: Sequence[int] | None = None,
+    one_class: bool = False,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    progress: bool = True,
+    corner: bool = False,
+) -> tuple[list[Detections], dict[str, float]]:
+    """What ``network`` finds in every image of ``dataset``, and the milliseconds an image of read, network and nms.
+
+    The detections are in the order of the samples, on the CPU, in pixels of the original images. ``network`` must be
+    on ``device`` already, in half precision if it should compute in it, and comes back in the mode it was in.
+    ``one_class`` takes all classes for one, label 0. The other options are those of `engine.nms.nms` and `evaluate`.
+    """
+    seconds = {"read": 0.0, "network": 0.0, "nms": 0.0}
+    found: dict[int, Detections] = {}
+    precision = next(network.parameters()).dtype
+    was_training = network.training
+    network.eval()
+    try:
+        loader = batches(dataset, batch_size, workers=workers)
+        bar = tqdm(total=len(loader), desc="evaluate", unit="batch", disable=not progress, leave=False)
+        with torch.no_grad(), bar:
+            turns = iter(loader)
+            for _ in range(len(loader)):
+                with timed(seconds, "read"):
+                    batch = next(turns)
+                    batch = in_corner(batch) if corner else batch
+                with timed(seconds, "network", device):
+                    boxes, scores = network.predict(pixels(batch, device).to(precision))
+                with timed(seconds, "nms", device):
+                    scores = scores.amax(dim=2, keepdim=True) if one_class else scores
+                    for index, letterbox, *predicted in zip(
+                        batch.indices, batch.letterboxes, boxes, scores, strict=True
+                    ):
+                        kept = nms(
+                            *predicted,
+                            conf=conf,
+                            iou=iou,
+                            max_det=max_det,
+                            agnostic=agnostic,
+                            classes=classes,
+                            multi_label=True,
+                        )
+                        found[index] = to_original(kept, letterbox)
+                bar.update()
+    finally:
+        network.train(was_training)
+    per_image = {name: 1000 * total / max(len(found), 1) for name, total in seconds.items()}
+    return [found[index] for index in range(len(dataset))], per_image
+
+
 def evaluate(
     network: Network,
     dataset: DetectionSet,
@@ -298,35 +397,109 @@ def evaluate(
     ``corner`` puts every image at the top left of its square instead of in the middle, as some programs do. Where an
     object lies on the grid of cells changes what is found of it: on few images AP moves by as much as .01.
     """
+    found, ms_per_image = detections_of(
+        network,
+        dataset,
+        batch_size=batch_size,
+        conf=conf,
+        iou=iou,
+        max_det=max_det,
+        device=device,
+        workers=workers,
+        progress=progress,
+        corner=corner,
+    )
     names = names or [str(label) for label in range(network.num_classes)]
-    seconds: dict[str, float] = defaultdict(float)
-    found: dict[int, Detections] = {}
-    was_training = network.training
-    network.eval()
-    try:
-        loader = batches(dataset, batch_size, workers=workers)
-        bar = tqdm(total=len(loader), desc="evaluate", unit="batch", disable=not progress, leave=False)
-        with torch.no_grad(), bar:
-            turns = iter(loader)
-            for _ in range(len(loader)):
-                with timed(seconds, "read"):
-                    batch = next(turns)
-                    batch = in_corner(batch) if corner else batch
-                with timed(seconds, "network", device):
-                    boxes, scores = network.predict(pixels(batch, device))
-                with timed(seconds, "nms", device):
-                    for index, letterbox, *predicted in zip(
-                        batch.indices, batch.letterboxes, boxes, scores, strict=True
-                    ):
-                        kept = nms(*predicted, conf=conf, iou=iou, max_det=max_det, multi_label=True)
-                        found[index] = to_original(kept, letterbox)
-                bar.update()
-    finally:
-        network.train(was_training)
-    images = sorted(found)
-    metrics = coco_metrics([dataset.samples[index] for index in images], [found[index] for index in images], names)
-    per_image = {name: 1000 * total / max(len(images), 1) for name, total in seconds.items()}
-    return replace(metrics, ms_per_image=per_image)
+    return replace(coco_metrics(dataset.samples, found, names), ms_per_image=ms_per_image)
+
+
+# ---- what val.py writes ----
+
+
+def as_one_class(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """The same samples with label 0 everywhere."""
+    return tuple(
+        replace(sample, labels=np.zeros_like(sample.labels), ignored_labels=np.zeros_like(sample.ignored_labels))
+        for sample in samples
+    )
+
+
+def file_names(samples: Sequence[Sample]) -> list[str]:
+    """A name for each sample's file: its image's name without the ending, and as much more as makes them different."""
+    paths = [sample.path for sample in samples]
+    above = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    inside = [path.relative_to(above) for path in paths]
+    for names in ([path.stem for path in paths], [path.with_suffix("").as_posix() for path in inside]):
+        if len(set(names)) == len(names):
+            return names
+    return [path.as_posix() for path in inside]
+
+
+def coco_results(
+    samples: Sequence[Sample], detections: Sequence[Detections], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """COCO's results format, a row a detection, with the data's own image ids where it has them.
+
+    Otherwise an image's id is its file's name without the ending, as a number where it is one and all are. Numbers
+    are written in full, so that measuring the file gives what was printed.
+    """
+    ids: Sequence[Any] = [sample.image_id for sample in samples]
+    if None in ids:
+        ids = file_names(samples)
+        ids = [int(name) for name in ids] if all(name.isdecimal() and name.isascii() for name in ids) else ids
+    return [
+        {
+            "image_id": ids[image],
+            "category_id": int(category_ids[label]),
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for image, (x1, y1, x2, y2), label, _, _, score in _found_rows(detections)
+    ]
+
+
+def label_lines(found: Detections, size: tuple[int, int], scores: bool) -> str:
+    """A YOLO line a detection: class, centre, width, height as shares of the image's ``size``, and its score if asked.
+
+    Best first; empty where nothing was found.
+    """
+    width, height = size
+    lines = []
+    for (x1, y1, x2, y2), label, score in zip(
+        found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+    ):
+        shares = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+        lines.append(" ".join([str(label), *(f"{share:.6g}" for share in shares), *([f"{score:.6g}"] * scores)]))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def class_table(metrics: Metrics, voc: VocMetrics) -> str:
+    """Every number of all classes together, then of each, in aligned columns; `engine.voc` has those from P on."""
+    header = (
+        *("class", "objects", "AP", "AP50", "AP small", "AP medium", "AP large"),
+        *("VOC 11-point", "VOC area", "P", "R"),
+    )
+    total = sum(row[1] for row in voc.per_class)
+    first = ("all", total, metrics.ap, metrics.ap50, metrics.ap_small, metrics.ap_medium, metrics.ap_large)
+    rows: list[tuple[Any, ...]] = [(*first, voc.eleven_points, voc.area, voc.best.precision, voc.best.recall)]
+    for (name, ap, ap50), sizes, (_, objects, eleven_points, area), best in zip(
+        metrics.per_class, metrics.per_class_sizes, voc.per_class, voc.best.per_class, strict=True
+    ):
+        rows.append((name, objects, ap, ap50, *sizes, eleven_points, area, *best))
+    return table(rows, header)
+
+
+def metrics_json(metrics: Metrics, voc: VocMetrics) -> str:
+    """All numbers by name; what is nan is null."""
+    return json.dumps(_without_nan({"coco": asdict(metrics), "voc": asdict(voc)}), indent=1) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # ---- val.py ----
@@ -365,42 +538,86 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = option_parser("Measures a trained detector on a labelled data set: COCO's twelve numbers and each class.")
     parser.add_argument("--weights", required=True, help="a checkpoint (.pt) that train.py wrote")
     parser.add_argument("--data", required=True, help="the data set's YAML")
-    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help="default: val")
+    parser.add_argument("--split", "--task", default="val", choices=["train", "val", "test"], help="default: val")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--imgsz", type=int, help="pixels; default: what the network was trained with")
+    parser.add_argument("--imgsz", "--img", type=int, help="pixels; default: what the network was trained with")
+    parser.add_argument("--rect", action="store_true", help="pad images to rectangles instead of squares")
     parser.add_argument("--conf-thres", type=float, default=0.001, help="scores above this count")
     parser.add_argument("--iou-thres", type=float, default=0.6, help="NMS: boxes that overlap more are one object")
     parser.add_argument("--max-det", type=int, default=300, help="detections an image at most")
+    parser.add_argument("--agnostic-nms", action="store_true", help="NMS: boxes of different classes compete too")
+    parser.add_argument("--single-cls", action="store_true", help="take all classes for one, of data and detections")
     parser.add_argument(
         "--letterbox", default="centre", choices=["centre", "corner"], help="where in its square an image lies"
     )
+    parser.add_argument("--half", action="store_true", help="compute in float16; needs a GPU")
     parser.add_argument("--device", default="", help="cpu, 0, cuda:1; default: the first GPU, or the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--save-json", action="store_true", help="predictions.json in COCO's results format")
+    parser.add_argument("--save-txt", action="store_true", help="labels/*.txt in YOLO's format")
+    parser.add_argument("--save-conf", action="store_true", help="with --save-txt: each line ends with its score")
+    parser.add_argument("--noplots", action="store_true", help="draw no pictures")
+    parser.add_argument("--project", default="runs/val", help="default: runs/val")
+    parser.add_argument("--name", default="exp", help="folder in it; default: exp, then exp2, ...")
+    parser.add_argument("--exist-ok", action="store_true", help="write into the folder if it exists")
     options = parse_options(parser, argv)
     check_thresholds(options.conf_thres, options.iou_thres, options.max_det)
     if options.batch_size < 1:
         raise Fault(f"--batch-size {options.batch_size}: must be at least 1")
+    if options.workers < 0:
+        raise Fault(f"--workers {options.workers}: must be at least 0")
+    if options.save_conf and not options.save_txt:
+        raise Fault("--save-conf: says what --save-txt writes; give both")
     device = parse_device(options.device)
+    if options.half and device.type == "cpu":
+        raise Fault("--half: half precision needs a GPU, and this is a CPU; leave --half out")
 
     checkpoint = load_checkpoint(options.weights)
     data = read_data_spec(options.data)
-    check_names(options.weights, checkpoint.names, options.data, data.names)
+    if not options.single_cls:
+        check_names(options.weights, checkpoint.names, options.data, data.names)
     network = restore(checkpoint).to(device)
+    network = network.half() if options.half else network
     imgsz = check_imgsz(options.imgsz or checkpoint.imgsz, network.max_stride)
     split = read_split(data, options.split)
     for note in split.notes:
         print(note)
-    metrics = evaluate(
+    if options.conf_thres > HIGH_CONFIDENCE:
+        print(f"--conf-thres {options.conf_thres}: AP counts low scores too and comes out too low; 0.001 is usual")
+    names = ONE_CLASS if options.single_cls else data.names
+    samples = as_one_class(split.samples) if options.single_cls else split.samples
+    dataset = DetectionSet(samples, imgsz, None, seed=0, cache=False, rect=options.rect)
+    found, ms_per_image = detections_of(
         network,
-        DetectionSet(split.samples, imgsz, None, seed=0, cache=False),
-        names=data.names,
+        dataset,
         batch_size=options.batch_size,
         conf=options.conf_thres,
         iou=options.iou_thres,
         max_det=options.max_det,
+        agnostic=options.agnostic_nms,
+        one_class=options.single_cls,
         device=device,
         workers=options.workers,
         corner=options.letterbox == "corner",
     )
-    print(metrics.table(), metrics.summary(), sep="\n\n")
+    metrics = replace(coco_metrics(samples, found, names), ms_per_image=ms_per_image)
+    voc = voc_metrics(samples, found, names)
+    print(class_table(metrics, voc), metrics.summary(), sep="\n\n")
+    print(f"P and R are precision and recall at IoU .5 where their mean F1 is best: {voc.best.line()}")
+
+    folder = new_run(options.project, options.name, options.exist_ok)
+    write_text(folder / "metrics.json", metrics_json(metrics, voc))
+    if options.save_json:
+        given = None if options.single_cls else split.category_ids
+        rows = coco_results(samples, found, given or range(len(names)))
+        write_text(folder / "predictions.json", json.dumps(rows))
+    if options.save_txt:
+        pairs = zip(file_names(samples), samples, found, strict=True)
+        for name, sample, kept in tqdm(pairs, "writing labels", len(samples), unit="image", delay=2, leave=False):
+            file = folder / "labels" / f"{name}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, label_lines(kept, image_size(sample.path), options.save_conf))
+    if not options.noplots:
+        draw_evaluation(folder, samples, found, names)
+    print(f"results in {folder}")
     return 0

@@ -1,5 +1,8 @@
 """A detector as one file that runs without this program: ONNX, or a program of torch.export.
 
+An ONNX file takes images of any height and width that are multiples of the network's stride, so that detect.py pads
+them as little for it as for a checkpoint, and finds the same.
+
 What is written is loaded again, held against the network it was made from, and timed. A file that does not give the
 same detections is not left behind. To run one needs torch or onnxruntime and nothing else::
 
@@ -26,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.augment import letterbox
@@ -65,7 +69,7 @@ class Suppression:
 
 
 class Exported(nn.Module):
-    """What a file computes of images ``[N, 3, S, S]``: RGB in 0 to 1, letterboxed as everywhere in this program.
+    """What a file computes of images ``[N, 3, H, W]``: RGB in 0 to 1, letterboxed as everywhere in this program.
 
     Without suppression boxes ``[N, M, 4]`` xyxy in pixels of the input and scores ``[N, M, C]``. With it boxes
     ``[N, D, 4]``, scores ``[N, D]``, labels ``[N, D]`` and how many there are ``[N]``, best first, the rest zeros.
@@ -94,9 +98,11 @@ class Exported(nn.Module):
         practice all are after a few.
         """
         scores_NM, labels_NM = scores_NMC.max(dim=-1)
+        # Boxes of nothing behind the others: K is the same however many boxes an image of that size has.
+        boxes_NM4 = F.pad(boxes_NM4, (0, 0, 0, CANDIDATES))
+        scores_NM, labels_NM = F.pad(scores_NM, (0, CANDIDATES)), F.pad(labels_NM, (0, CANDIDATES))
         has_area_NM = (boxes_NM4[..., 2:] > boxes_NM4[..., :2]).all(dim=-1)
-        candidates = min(CANDIDATES, scores_NM.shape[1])
-        scores_NK, chosen_NK = torch.where(has_area_NM, scores_NM, 0.0).topk(candidates)
+        scores_NK, chosen_NK = torch.where(has_area_NM, scores_NM, 0.0).topk(CANDIDATES)
         boxes_NK4, labels_NK = _take(boxes_NM4, chosen_NK), labels_NM.gather(1, chosen_NK)
 
         alike_NKK = (labels_NK[:, :, None] == labels_NK[:, None]).triu(diagonal=1)
@@ -111,7 +117,7 @@ class Exported(nn.Module):
             return asked_NK & ~pushed_NK, keep_NK.clone()
 
         keep_NK, _ = torch.while_loop(changes, settle, (asked_NK.clone(), torch.zeros_like(asked_NK)))
-        detections = min(self.max_det, candidates)
+        detections = min(self.max_det, CANDIDATES)
         scores_ND, best_ND = torch.where(keep_NK, scores_NK, 0.0).topk(detections)
         there_ND = scores_ND > 0
         boxes_ND4 = torch.where(there_ND[..., None], _take(boxes_NK4, best_ND), 0.0)
@@ -139,13 +145,21 @@ OUTPUTS = {False: ("boxes", "scores"), True: ("boxes", "scores", "labels", "coun
 # ---- writing and running a file
 
 
-def write_file(path: Path, kind: str, exported: Exported, example: Tensor, about: Mapping[str, str]) -> None:
-    """The module as a file of that kind for any number of images like the example; ``about`` travels in it by name."""
+def write_file(
+    path: Path, kind: str, exported: Exported, example: Tensor, about: Mapping[str, str], stride: int | None = None
+) -> None:
+    """The module as a file of that kind for any number of images like the example; ``about`` travels in it by name.
+
+    With ``stride`` it takes images of any size that is a multiple of it, and the example only says how many channels.
+    """
     assert len(example) > 1, "a batch of 1 would be taken for the only one"
-    batch = torch.export.Dim("batch")
+    free: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if stride:
+        free |= {2: stride * torch.export.Dim("height"), 3: stride * torch.export.Dim("width")}
+        example = example.new_zeros(*example.shape[:2], 4 * stride, 6 * stride)  # a 1 would be taken for the only one
     names = OUTPUTS[exported.max_det > 0]
     with torch.no_grad(), _quiet():
-        program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(exported, (example,), dynamic_shapes=(free,))
         program.example_inputs = None  # it would be stored, and it says nothing
         if kind == "torch":
             torch.export.save(program, path, extra_files=dict(about))
@@ -156,7 +170,7 @@ def write_file(path: Path, kind: str, exported: Exported, example: Tensor, about
             opset_version=OPSET,
             input_names=["images"],
             output_names=list(names),
-            dynamic_shapes=({0: batch},),
+            dynamic_shapes=(free,),
             verbose=False,
         )
         assert onnx_program is not None
@@ -193,6 +207,67 @@ def read_file(path: Path, kind: str, conf: float | None = None) -> Run:
     content = str(path) if conf is None else _with_threshold(path, conf)
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: tuple(torch.from_numpy(y) for y in session.run(None, {"images": images.numpy()}))
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxFile:
+    """An ONNX file of this program, to be used like the `Network` it was made from.
+
+    ``side`` is that of its square input, or None where it takes any multiple of ``max_stride``; ``suppression`` is what
+    it has done by itself, or None.
+    """
+
+    path: Path
+    session: Any
+    names: tuple[str, ...]
+    imgsz: int
+    max_stride: int
+    side: int | None
+    suppression: Suppression | None
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Network.predict`: boxes ``[N, M, 4]`` and scores ``[N, M, C]``; of a file that suppresses, what is left.
+
+        Suppressed detections have the score of their class and 0 for all others, so that suppression as before, done
+        once more, changes nothing.
+        """
+        outputs = [torch.from_numpy(y) for y in self.session.run(None, {"images": images.cpu().contiguous().numpy()})]
+        if self.suppression is None:
+            return outputs[0], outputs[1]
+        boxes_ND4, scores_ND, labels_ND, _ = outputs
+        scores_NDC = scores_ND.new_zeros(*scores_ND.shape, len(self.names))
+        return boxes_ND4, scores_NDC.scatter_(2, labels_ND[..., None], scores_ND[..., None])
+
+
+def read_onnx(path: Path, device: torch.device | str = "cpu") -> OnnxFile:
+    """An ONNX file that `write_file` wrote, ready to run. Raises a `Fault` for any other, and without onnxruntime."""
+    if find_spec("onnxruntime") is None:
+        raise Fault(f"{path}: needs onnxruntime; pip install 'oneshot-yolo[export]'")
+    import onnxruntime
+
+    if not path.is_file():
+        raise Fault(f"{path}: no such file")
+    wanted = "CPUExecutionProvider" if torch.device(device).type == "cpu" else "CUDAExecutionProvider"
+    if wanted not in onnxruntime.get_available_providers():
+        raise Fault(f"{path}: this onnxruntime does not run on a GPU; --device cpu, or the package onnxruntime-gpu")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a waiting thread leaves the CPU free
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+    except Exception:  # what a damaged file raises is not documented
+        raise Fault(f"{path}: not a whole ONNX file; export it again") from None
+    about = session.get_modelmeta().custom_metadata_map
+    try:
+        names, strides = json.loads(about["names"]), json.loads(about["strides"])
+        inside = json.loads(about["nms"]) if "nms" in about else None
+        suppression = Suppression(inside["conf"], inside["iou"], inside["max_det"]) if inside else None
+        imgsz, stride = int(about["imgsz"]), int(about.get("stride") or max(strides))
+        side = session.get_inputs()[0].shape[2]
+    except (KeyError, ValueError, TypeError, IndexError):
+        raise Fault(f"{path}: does not say which classes it finds; export.py writes ONNX files that do") from None
+    return OnnxFile(path, session, tuple(names), imgsz, stride, side if isinstance(side, int) else None, suppression)
 
 
 def _with_threshold(path: Path, conf: float) -> bytes:
@@ -271,12 +346,15 @@ def check_parity(
 
 
 def _difference(what: str, wanted: Tensor, found: Tensor) -> float:
-    """The largest difference as a share of the largest number. Raises a `Fault` where that is more than allowed."""
+    """The largest difference as a share of the largest number; of scores as a share of .01 at least: smaller ones are
+    those of a network that has learned nothing yet. Raises a `Fault` where that is more than allowed.
+    """
     if wanted.shape != found.shape:
         raise Fault(f"not the same: {what} are {list(found.shape)}, not {list(wanted.shape)}")
     if not wanted.numel():
         return 0.0
-    difference = float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    least = 0.01 if what == "scores" else 1e-12
+    difference = float((wanted - found).abs().max() / wanted.abs().max().clamp(min=least))
     if not difference < TOLERANCE:  # also where it is nan
         raise Fault(f"not the same: {what} differ by {difference:.1e} of the largest, {TOLERANCE:.0e} is allowed")
     return difference
@@ -382,13 +460,16 @@ def latency_line(networks: Mapping[str, Network], run: Run, name: str, imgsz: in
 # ---- export.py
 
 
-def described(checkpoint: Checkpoint, imgsz: int, network: Network, suppression: Suppression | None) -> dict[str, str]:
+def described(
+    checkpoint: Checkpoint, imgsz: int, network: Network, suppression: Suppression | None, shape: str
+) -> dict[str, str]:
     """What a user of the file needs to know beside the tensors, each as text (JSON where it is more than a word)."""
     about = {
         "names": json.dumps(list(checkpoint.names)),
         "imgsz": str(imgsz),
         "strides": json.dumps(list(getattr(network.head, "strides", ()))),
-        "input": "images [batch, 3, imgsz, imgsz], RGB from 0 to 1, scaled to fit and centred on grey 114 / 255",
+        "stride": str(network.max_stride),  # height and width are multiples of it
+        "input": f"images {shape}, RGB from 0 to 1, scaled to fit imgsz and centred on grey 114 / 255",
         "boxes": "x1 y1 x2 y2 in pixels of the input",
         "yaml": checkpoint.yaml,
     }
@@ -398,7 +479,15 @@ def described(checkpoint: Checkpoint, imgsz: int, network: Network, suppression:
 
 
 def export(
-    weights: Path, kind: str, out: Path, *, imgsz: int | None, asked: Suppression, inside: bool, source: str | None
+    weights: Path,
+    kind: str,
+    out: Path,
+    *,
+    imgsz: int | None,
+    asked: Suppression,
+    inside: bool,
+    source: str | None,
+    any_size: bool = False,
 ) -> Iterator[str]:
     """Write, check and time a file; yields a line for each. Raises a `Fault`, and leaves no file, where it differs."""
     checkpoint = load_checkpoint(weights)
@@ -407,18 +496,25 @@ def export(
     images = check_images(source, side)
     suppression = asked if inside else None
     fused = fuse(network)
-    about = described(checkpoint, side, network, suppression)
+    stride = network.max_stride
+    shape = f"[batch, 3, {side}, {side}]"
+    if any_size:
+        shape = f"[batch, 3, height, width], multiples of {stride}"
+    about = described(checkpoint, side, network, suppression, shape)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomically(out) as temporary:
-        write_file(temporary, kind, Exported(fused, suppression), images, about)
+        write_file(temporary, kind, Exported(fused, suppression), images, about, stride if any_size else None)
         read = cache(partial(read_file, temporary, kind))
         try:
             parity = check_parity(network, read, images, asked, inside=inside)
+            if any_size:
+                flat = images[:, :, : max(side // 2 // stride, 1) * stride]
+                check_parity(network, read, flat, asked, inside=inside)
         except Fault as fault:
             raise Fault(*(f"{out}: was not written: {line}" for line in fault.lines)) from None
         run = read(None)
-    shapes = f"[batch, 3, {side}, {side}] -> {', '.join(OUTPUTS[inside])}"
-    yield f"{out}: {shapes}; {count_params(fused):,} of {count_params(network):,} parameters, the rest is folded"
+    parameters = f"{count_params(fused):,} of {count_params(network):,} parameters, the rest is folded"
+    yield f"{out}: {shape} -> {', '.join(OUTPUTS[inside])}; {parameters}"
     yield parity.line()
     timed = {"torch": network, "torch fused": fused}
     yield latency_line(timed, run, "onnxruntime" if kind == "onnx" else "torch.export", side, suppression)
@@ -435,6 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--conf-thres", type=float, default=0.25, help="NMS: scores above this count")
     parser.add_argument("--iou-thres", type=float, default=0.45, help="NMS: boxes that overlap more are one object")
     parser.add_argument("--max-det", type=int, default=300, help="NMS: detections an image at most")
+    parser.add_argument("--static", action="store_true", help="ONNX: squares of --imgsz only, not any size")
     parser.add_argument("--source", help="images for the check, a folder or a glob in quotes; default: drawn ones")
     options = parse_options(parser, argv)
     check_thresholds(options.conf_thres, options.iou_thres, options.max_det)
@@ -447,7 +544,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Fault(f"--format onnx needs {', '.join(absent)}, not installed here: pip install -e '.[export]'")
     asked = Suppression(options.conf_thres, options.iou_thres, options.max_det)
     for line in export(
-        weights, options.format, out, imgsz=options.imgsz, asked=asked, inside=options.nms, source=options.source
+        weights,
+        options.format,
+        out,
+        imgsz=options.imgsz,
+        asked=asked,
+        inside=options.nms,
+        source=options.source,
+        any_size=options.format == "onnx" and not options.static,
     ):
         print(line)
     return 0

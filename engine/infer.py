@@ -4,106 +4,239 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
+from typing import cast
 
+import cv2
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
-from data.augment import letterbox
-from data.images import read_image
-from data.structures import Detections, Fault, nearest
-from engine.doors import door, option_parser, parse_device, parse_options
-from engine.draw import draw_detections, write_image
+from data import structures
+from data.augment import fit, letterbox_of, paste
+from data.structures import Fault, Letterbox, nearest
+from engine.doors import door, option_parser, parse_device, parse_options, told
+from engine.draw import draw_detections
 from engine.evaluate import check_imgsz, check_thresholds, timed, times_line, to_original
+from engine.export import OnnxFile, Suppression, read_onnx
 from engine.nms import nms
-from engine.runs import atomically, new_run, table
-from engine.sources import (
-    check_codec,
-    container,
-    find_files,
-    is_video,
-    open_video,
-    output_names,
-    read_frames,
-    write_video,
-)
+from engine.overlap import ahead, behind
+from engine.results import DOCUMENT, LABELS, TABLE, Wanted, check_windows, write_results
+from engine.runs import new_run, table
+from engine.sources import End, Frame, Source, check_codec, find_sources, read_picture, read_sources
 from models.checkpoint import load_checkpoint, restore
+from models.fuse import fuse
 from models.network import Network
 
+USUAL = Suppression(conf=0.25, iou=0.45, max_det=300)
+AHEAD = 2  # batches read while the network is busy, and as many that wait to be written
 
-class Model(nn.Module):
-    """A trained network that takes images as they are and answers in their own pixels.
 
-    ``names`` are its classes; ``imgsz`` is the side of the square that images are scaled into.
+# ---- in Python
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes: ``[K, 4]`` float32, ``x1 y1 x2 y2`` in pixels of the image.
+        scores: ``[K]`` float32 in 0 to 1.
+        labels: ``[K]`` int64, places in ``names``.
+        names: the classes of the network.
+        image: the picture itself, uint8 RGB ``[H, W, 3]``.
     """
 
-    def __init__(self, network: Network, names: Sequence[str], imgsz: int) -> None:
-        super().__init__()
-        self.network = network.eval()
-        self.names = tuple(names)
-        self.imgsz = imgsz
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+    image: np.ndarray
 
-    @torch.no_grad()
-    def forward(
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def classes(self) -> list[str]:
+        """The name of each detection's class."""
+        return [self.names[label] for label in self.labels]
+
+    def draw(self, thickness: int = 0, *, labels: bool = True, scores: bool = True) -> np.ndarray:
+        """A copy of the image with the boxes, and the names and scores unless told otherwise; RGB."""
+        arrays = (torch.from_numpy(y) for y in (self.boxes, self.scores, self.labels))
+        found = structures.Detections(*arrays)
+        return draw_detections(self.image, found, self.names, thickness, show_labels=labels, show_scores=scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A detector that takes images as they are and answers in their own pixels. `load` makes it.
+
+    An image is scaled so that its longer side is ``imgsz``, and padded with grey to the next multiple of the network's
+    stride; to a square where an exported file takes nothing else, or without ``rect``. ``names`` are the classes.
+    """
+
+    network: Network | OnnxFile
+    names: tuple[str, ...]
+    imgsz: int
+    device: torch.device = torch.device("cpu")
+    half: bool = False
+    rect: bool = True
+
+    def __call__(
         self,
-        image: np.ndarray | str | Path,
-        conf: float = 0.25,
-        iou: float = 0.45,
+        images: np.ndarray | str | Path | Sequence[np.ndarray | str | Path],
+        conf: float | None = None,
+        iou: float | None = None,
         *,
-        max_det: int = 300,
+        max_det: int | None = None,
+        classes: Sequence[int | str] | None = None,
+        agnostic: bool = False,
+        batch_size: int = 1,
+    ) -> Detections | list[Detections]:
+        """What is in an image, a path or uint8 RGB ``[H, W, 3]``; for a list of them a list in the same order.
+
+        Scores above ``conf`` (.25) count, boxes of a class that overlap by more than ``iou`` (.45) are one object, and
+        ``max_det`` (300) are the most of an image; a file that suppresses by itself has values of its own in place of
+        these. ``classes`` keeps these classes, by name or number. ``agnostic`` compares boxes of all classes. Images of
+        a batch share the smallest rectangle that holds them all. Raises a Fault for what is no image.
+        """
+        if isinstance(images, np.ndarray | str | Path):
+            alone = self([images], conf, iou, max_det=max_det, classes=classes, agnostic=agnostic)
+            return cast("list[Detections]", alone)[0]
+        asked = asked_of(self, conf, iou, max_det, agnostic=agnostic)
+        labels = class_labels(None if classes is None else [str(entry) for entry in classes], self.names)
+        results: list[Detections] = []
+        for start in range(0, len(images), batch_size):
+            pictures = [picture_of(image) for image in images[start : start + batch_size]]
+            found = self.find(*self.prepare(pictures), asked, classes=labels, agnostic=agnostic)
+            for picture, one in zip(pictures, found, strict=True):
+                boxes, scores, found_labels = one.boxes.numpy(), one.scores.numpy(), one.labels.numpy()
+                results.append(Detections(boxes, scores, found_labels, self.names, picture))
+        return results
+
+    def prepare(self, pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[Letterbox]]:
+        """RGB pictures as one batch for `find`, and how each was scaled and padded.
+
+        The batch is ``[N, 3, H, W]`` uint8, channels last in memory, in which a CPU convolves a fourth faster.
+        """
+        stride = self.network.max_stride
+        fitted = [fit(picture, self.imgsz) for picture in pictures]
+        shape = (self.imgsz, self.imgsz)
+        if self.rect:
+            height, width = (max(image.shape[axis] for image in fitted) for axis in (0, 1))
+            shape = (math.ceil(height / stride) * stride, math.ceil(width / stride) * stride)
+        boxes = [letterbox_of(picture.shape[1], picture.shape[0], self.imgsz, shape) for picture in pictures]
+        batch = np.stack([paste(image, shape, box) for image, box in zip(fitted, boxes, strict=True)])
+        return torch.from_numpy(batch).permute(0, 3, 1, 2), boxes
+
+    @torch.inference_mode()
+    def find(
+        self,
+        batch: Tensor,
+        letterboxes: Sequence[Letterbox],
+        asked: Suppression,
+        *,
         classes: Sequence[int] | None = None,
         agnostic: bool = False,
         seconds: dict[str, float] | None = None,
-    ) -> Detections:
-        """What is in ``image``, a path or uint8 RGB ``[H, W, 3]``; boxes are xyxy in pixels of it, on the CPU.
-
-        Scores above ``conf`` count, boxes that overlap by more than ``iou`` are one object; ``classes`` keeps these
-        labels only. ``seconds`` collects the time of read, network and nms. Raises a Fault for an unreadable path.
-        """
+    ) -> list[structures.Detections]:
+        """What is in each picture of a batch, boxes in its own pixels, on the CPU. ``seconds`` collects the time."""
         seconds = defaultdict(float) if seconds is None else seconds
-        device = next(self.network.parameters()).device
-        with timed(seconds, "read"):
-            pixels = image if isinstance(image, np.ndarray) else read_image(image)
-            square, box = letterbox(pixels, self.imgsz)
-        with timed(seconds, "network", device):
-            x = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1))).to(device)
-            boxes, scores = self.network.predict(x[None].float() / 255)
-        with timed(seconds, "nms", device):
-            found = nms(
-                boxes[0],
-                scores[0],
-                conf=conf,
-                iou=iou,
-                max_det=max_det,
-                agnostic=agnostic,
-                classes=classes,
-                multi_label=False,
-            )
-            return to_original(found, box)
+        with timed(seconds, "network", self.device):
+            images = batch.to(self.device)
+            boxes, scores = self.network.predict((images.half() if self.half else images.float()) / 255)
+        found = []
+        with timed(seconds, "nms", self.device):
+            for index, letterbox in enumerate(letterboxes):
+                likely = scores[index].amax(dim=1) > asked.conf  # few: all that follows is about these
+                kept = nms(
+                    boxes[index][likely],
+                    scores[index][likely],
+                    conf=asked.conf,
+                    iou=asked.iou,
+                    max_det=asked.max_det,
+                    agnostic=agnostic,
+                    classes=classes,
+                    multi_label=False,
+                )
+                found.append(to_original(kept, letterbox))
+        return found
 
 
-def load(weights: str | Path, device: str | torch.device = "cpu", imgsz: int | None = None) -> Model:
-    """The detector in a checkpoint; ``imgsz`` is the one it was trained with unless given. Raises a Fault."""
-    checkpoint = load_checkpoint(weights)
+def load(
+    weights: str | Path,
+    device: str | torch.device = "cpu",
+    imgsz: int | None = None,
+    *,
+    half: bool = False,
+    rect: bool = True,
+) -> Model:
+    """The detector in a checkpoint (.pt), or in a file that export.py wrote (.onnx).
+
+    ``imgsz`` is the one it was trained with unless given. ``half`` computes in float16, on a GPU. ``rect`` off pads
+    images to squares. Raises a Fault.
+    """
+    device, path = torch.device(device), Path(weights)
+    if path.suffix == ".onnx":
+        file = read_onnx(path, device)
+        if half:
+            raise Fault(f"{path}: an exported file has the precision it was written with; leave --half out")
+        if file.side and imgsz not in (None, file.side):
+            raise Fault(f"{path}: takes images of {file.side} px only, not {imgsz}; export it with --imgsz {imgsz}")
+        side = check_imgsz(imgsz or file.imgsz, file.max_stride)
+        return Model(file, file.names, side, device, rect=rect and file.side is None)
+    if path.suffix == ".pt2":
+        raise Fault(f"{path}: a program of torch.export; give the checkpoint (.pt), or export it as .onnx")
+    if half and device.type == "cpu":
+        raise Fault("--half: half precision needs a GPU, and this is a CPU; leave --half out")
+    checkpoint = load_checkpoint(path)
     network = restore(checkpoint)
     side = check_imgsz(imgsz or checkpoint.imgsz, network.max_stride)
-    return Model(network, checkpoint.names, side).to(device)
+    fused = fuse(network).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Model(fused.half() if half else fused, checkpoint.names, side, device, half, rect)
 
 
-def yolo_lines(found: Detections, height: int, width: int, *, scores: bool = False) -> str:
-    """One line a detection: ``class cx cy w h [score]``, the four in 0 to 1 of the image's width and height."""
-    lines = []
-    for (x1, y1, x2, y2), score, label in zip(
-        found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
-    ):
-        shares = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-        lines.append(" ".join([str(label), *(f"{v:.6f}" for v in (*shares, *([score] if scores else [])))]))
-    return "".join(line + "\n" for line in lines)
+def picture_of(image: np.ndarray | str | Path) -> np.ndarray:
+    """Pixels of a path, or those given. Raises a Fault for what is no image."""
+    if not isinstance(image, np.ndarray):
+        return read_picture(Path(image))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise Fault(f"an array {list(image.shape)} of {image.dtype} is no image; uint8 [height, width, 3] in RGB is")
+    return image
+
+
+def asked_of(
+    model: Model, conf: float | None, iou: float | None, max_det: int | None, *, agnostic: bool = False
+) -> Suppression:
+    """The thresholds to go by, given or usual; a Fault where a file that suppresses by itself has left out more."""
+    inside = model.network.suppression if isinstance(model.network, OnnxFile) else None
+    own = inside or USUAL
+    asked = Suppression(
+        own.conf if conf is None else conf, own.iou if iou is None else iou, own.max_det if max_det is None else max_det
+    )
+    check_thresholds(asked.conf, asked.iou, asked.max_det)
+    if inside:
+        again = f"{model.network.path} suppresses by itself; export it again without --nms, or with"
+        wrong = []
+        if asked.conf < inside.conf:
+            wrong.append(f"--conf-thres {asked.conf:g}: it left out all up to {inside.conf:g}: {again} this value")
+        if asked.iou != inside.iou:
+            wrong.append(f"--iou-thres {asked.iou:g}: it went by {inside.iou:g}: {again} this value")
+        if asked.max_det > inside.max_det:
+            wrong.append(f"--max-det {asked.max_det}: it gives {inside.max_det} at most: {again} this value")
+        if agnostic:
+            wrong.append(f"--agnostic-nms: it compared boxes of one class only: {again.removesuffix(', or with')}")
+        if wrong:
+            raise Fault(*wrong)
+    return asked
 
 
 def class_labels(asked: Sequence[str] | None, names: Sequence[str]) -> list[int] | None:
@@ -121,6 +254,41 @@ def class_labels(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]
     return labels
 
 
+# ---- detect.py
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pictures and ends of sources in the order of the sources; the pictures also as a batch, if there are any."""
+
+    items: tuple[Frame | End, ...]
+    batch: Tensor | None
+    letterboxes: tuple[Letterbox, ...]
+
+
+def prepared(
+    items: Generator[Frame | End, None, None], model: Model, batch_size: int, seconds: dict[str, float]
+) -> Generator[Prepared, None, None]:
+    """Pictures gathered to batches, every item in its place. A batch ends with the video that its last frame is of."""
+    gathered: list[Frame | End] = []
+    with closing(items):
+        while True:
+            with timed(seconds, "read"):
+                item = next(items, None)
+                if item is not None:
+                    gathered.append(item)
+                frames = [entry for entry in gathered if isinstance(entry, Frame)]
+                full = len(frames) == batch_size or (isinstance(item, End) and (item.source.moves or not frames))
+                if item is not None and not full:
+                    continue
+                batch, letterboxes = model.prepare([frame.image for frame in frames]) if frames else (None, [])
+            if gathered:
+                yield Prepared(tuple(gathered), batch, tuple(letterboxes))
+            if item is None:
+                return
+            gathered = []
+
+
 def detections_table(scores_by_label: dict[int, list[float]], names: Sequence[str]) -> str:
     rows = [(names[label], len(found), sum(found) / len(found)) for label, found in sorted(scores_by_label.items())]
     return table(rows, ("class", "count", "mean score")) if rows else "nothing found"
@@ -128,122 +296,158 @@ def detections_table(scores_by_label: dict[int, list[float]], names: Sequence[st
 
 @door
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = option_parser("Finds objects in images and videos, draws them, and writes them down.")
-    parser.add_argument("--weights", required=True, help="a checkpoint (.pt) that train.py wrote")
-    parser.add_argument("--source", required=True, help="an image, a video, a folder, or a glob in quotes")
-    parser.add_argument("--imgsz", type=int, help="pixels; default: what the network was trained with")
-    parser.add_argument("--conf-thres", type=float, default=0.25, help="scores above this count")
-    parser.add_argument("--iou-thres", type=float, default=0.45, help="NMS: boxes that overlap more are one object")
-    parser.add_argument("--max-det", type=int, default=300, help="detections an image at most")
+    parser = option_parser("Finds objects in images, videos and streams, draws them, and writes them down.")
+    parser.add_argument("--weights", required=True, help="a checkpoint (.pt), or what export.py wrote of one (.onnx)")
+    parser.add_argument(
+        "--source", required=True, help="image, video, folder, glob in quotes, .txt list, 0 (camera), rtsp://..., -"
+    )
+    parser.add_argument("--imgsz", type=int, help="longer side in pixels; default: what the network was trained with")
+    parser.add_argument("--square", action="store_true", help="pad images to squares, not to the next multiple of 32")
+    parser.add_argument("--batch-size", type=int, default=1, help="images that go through the network together")
+    parser.add_argument("--conf-thres", type=float, help="scores above this count; default .25, or the .onnx file's")
+    parser.add_argument("--iou-thres", type=float, help="boxes that overlap more are one object; default .45 or its")
+    parser.add_argument("--max-det", type=int, help="detections an image at most; default 300, or the .onnx file's")
     parser.add_argument("--classes", nargs="+", help="only these classes, by name or number")
     parser.add_argument("--agnostic-nms", action="store_true", help="boxes of different classes may be one object")
     parser.add_argument("--device", default="", help="cpu, 0, cuda:1; default: the first GPU, or the CPU")
+    parser.add_argument("--half", action="store_true", help="compute in float16; needs a GPU")
+    parser.add_argument("--vid-stride", type=int, default=1, help="every n-th frame of a video, at 1/n of its fps")
+    parser.add_argument("--view", action="store_true", help="show pictures in a window; q ends, a key shows the next")
+    parser.add_argument("--nosave", action="store_true", help="write no pictures and no videos")
     parser.add_argument("--save-txt", action="store_true", help="also write labels/*.txt: class cx cy w h")
     parser.add_argument("--save-conf", action="store_true", help="with --save-txt: the score ends each line")
+    parser.add_argument("--save-csv", action="store_true", help="also write predictions.csv: a row a detection")
+    parser.add_argument("--save-json", action="store_true", help="also write predictions.json: an entry an image")
+    parser.add_argument("--save-crop", action="store_true", help="also write crops/CLASS/*.jpg: a picture a detection")
     parser.add_argument("--project", default="runs/detect", help="folder of the runs")
     parser.add_argument("--name", default="exp", help="folder of this run; exp2, exp3, ... where it exists")
     parser.add_argument("--exist-ok", action="store_true", help="write into an existing run")
     parser.add_argument("--line-thickness", type=int, default=0, help="pixels; default: to suit the image")
-    parser.add_argument("--vid-stride", type=int, default=1, help="every n-th frame of a video, at 1/n of its fps")
+    parser.add_argument("--hide-labels", action="store_true", help="draw boxes without words")
+    parser.add_argument("--hide-conf", action="store_true", help="draw names without scores")
     parser.add_argument("--fourcc", default="mp4v", help="codec of written videos: mp4v, MJPG, VP90, ...")
     options = parse_options(parser, argv)
-    check_thresholds(options.conf_thres, options.iou_thres, options.max_det)
-    if options.vid_stride < 1:
-        raise Fault(f"--vid-stride {options.vid_stride}: must be at least 1")
+    for name in ("batch_size", "vid_stride"):
+        if getattr(options, name) < 1:
+            raise Fault(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     if options.line_thickness < 0:
         raise Fault(f"--line-thickness {options.line_thickness}: must be at least 1, or 0 to suit the image")
     if options.save_conf and not options.save_txt:
         raise Fault("--save-conf adds scores to what --save-txt writes; give both")
 
-    files, notes = find_files(options.source)
+    sources, notes = find_sources(options.source)
     for note in notes:
         print(note)
-    if any(map(is_video, files)):
+    if not options.nosave and any(source.moves for source in sources):
         check_codec(options.fourcc)
-    model = load(options.weights, parse_device(options.device), options.imgsz)
+    if options.view:
+        check_windows()
+    device = parse_device(options.device)
+    model = load(options.weights, device, options.imgsz, half=options.half, rect=not options.square)
+    asked = asked_of(model, options.conf_thres, options.iou_thres, options.max_det, agnostic=options.agnostic_nms)
     classes = class_labels(options.classes, model.names)
+    wanted = Wanted(
+        pictures=not options.nosave,
+        txt=options.save_txt,
+        conf=options.save_conf,
+        json=options.save_json,
+        csv=options.save_csv,
+        crops=options.save_crop,
+        line_thickness=options.line_thickness,
+        hide_labels=options.hide_labels,
+        hide_conf=options.hide_conf,
+        fourcc=options.fourcc,
+        vid_stride=options.vid_stride,
+    )
     folder = new_run(options.project, options.name, options.exist_ok)
-    if options.save_txt:
-        (folder / "labels").mkdir(exist_ok=True)
+    if wanted.txt:
+        (folder / LABELS).mkdir(exist_ok=True)
 
     seconds: dict[str, float] = defaultdict(float)
     scores_by_label: dict[int, list[float]] = defaultdict(list)
+    troubled: set[Source] = set()
     images = 0
+    closed = Event()
+    stopped: KeyboardInterrupt | OSError | None = None
 
-    def detect(image: np.ndarray, stem: str) -> np.ndarray:
-        """Find, count and write down what is in one image; the image with its boxes comes back."""
-        nonlocal images
-        found = model(
-            image,
-            options.conf_thres,
-            options.iou_thres,
-            max_det=options.max_det,
-            classes=classes,
-            agnostic=options.agnostic_nms,
-            seconds=seconds,
-        )
-        images += 1
-        for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True):
-            scores_by_label[label].append(score)
-        if options.save_txt:  # a file for every image: an empty one says that nothing was found
-            with atomically(folder / "labels" / f"{stem}.txt") as temporary:
-                temporary.write_text(yolo_lines(found, *image.shape[:2], scores=options.save_conf))
-        return draw_detections(image, found, model.names, options.line_thickness)
+    def tell(source: Source, fault: Fault) -> None:
+        troubled.add(source)
+        for line in fault.lines:
+            tqdm.write(line, file=sys.stderr)
 
-    def detect_video(path: Path, stem: str) -> None:
-        video = open_video(path)
-        target = target_for(path, stem + container(options.fourcc))
-        read = 0
-        with ExitStack() as stack:
-            write = stack.enter_context(write_video(target, options.fourcc, video.fps / options.vid_stride))
-            frames = read_frames(video, options.vid_stride)
-            total = math.ceil(video.frames / options.vid_stride) or None
-            bar = stack.enter_context(tqdm(total=total, desc=path.name, unit="frame", leave=False))
-            while True:
-                with timed(seconds, "read"):
-                    number, frame = next(frames, (0, None))
-                if frame is None:
-                    break
-                write(detect(frame, f"{stem}_{number}"))
-                read = number
-                bar.update()
-        if read + options.vid_stride <= 0.95 * video.frames:
-            raise Fault(f"{path}: damaged, only {read} of its {video.frames} frames can be read; kept in {target}")
+    def view(source: Source, picture: np.ndarray) -> None:
+        cv2.imshow(source.shown, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        if cv2.waitKey(1 if source.moves else 0) in (ord("q"), 27):
+            closed.set()
 
-    def target_for(path: Path, name: str) -> Path:
-        target = folder / name
-        if target.resolve() == path.resolve():
-            raise Fault(f"{path}: the result would replace it; give another --project or --name")
-        return target
-
-    problems = []
-    interrupted = False
+    start = time.perf_counter()
     try:
-        for path, stem in tqdm(list(zip(files, output_names(files), strict=True)), desc="detect", unit="file"):
-            try:
-                if is_video(path):
-                    detect_video(path, stem)
-                else:
-                    with timed(seconds, "read"):
-                        image = read_image(path)
-                    write_image(target_for(path, stem + path.suffix), detect(image, stem))
-            except Fault as fault:
-                problems.append(path)
-                for line in fault.lines:
-                    tqdm.write(line, file=sys.stderr)
-    except KeyboardInterrupt:
-        interrupted = True
+        with ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=0, desc="detect", unit="image", leave=False))
+            write = stack.enter_context(
+                write_results(folder, model.names, wanted, tell, view if options.view else None)
+            )
 
-    if not images and not interrupted:
-        for empty in (folder / "labels", folder):
+            def work(done: tuple[Prepared, list[structures.Detections]]) -> None:
+                """Write down what was found in a batch; in a thread of its own."""
+                nonlocal images
+                turn, results = done[0], iter(done[1])
+                with timed(seconds, "write"):
+                    for item in turn.items:
+                        if isinstance(item, End):
+                            write(item, None)
+                            continue
+                        found = next(results)
+                        write(item, found)
+                        images += 1
+                        for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True):
+                            scores_by_label[label].append(score)
+
+            # a window belongs to the main thread
+            put = work if options.view else stack.enter_context(behind(work, AHEAD))
+            items = read_sources(sources, options.vid_stride)
+            batches = stack.enter_context(ahead(prepared(items, model, options.batch_size, seconds), AHEAD))
+            for turn in batches:
+                found: list[structures.Detections] = []
+                if turn.batch is not None:
+                    found = model.find(
+                        turn.batch,
+                        turn.letterboxes,
+                        asked,
+                        classes=classes,
+                        agnostic=options.agnostic_nms,
+                        seconds=seconds,
+                    )
+                put((turn, found))
+                if closed.is_set():
+                    break
+                for item in turn.items:
+                    if isinstance(item, Frame) and item.number <= 1:
+                        bar.total += max(1, math.ceil(item.frames / options.vid_stride))
+                bar.update(len(turn.letterboxes))
+    except (KeyboardInterrupt, OSError) as stop:
+        stopped = stop
+
+    if not images:
+        for table_file in [TABLE] * wanted.csv + [DOCUMENT] * wanted.json:  # without a row
+            (folder / table_file).unlink(missing_ok=True)
+        for empty in (folder / LABELS, folder):
             with suppress(OSError):  # it was there before, and holds something
                 empty.rmdir()
+        if stopped:
+            raise stopped
+        if len(sources) == 1:  # its fault has been told
+            return 2
         raise Fault(f"{options.source}: nothing in it could be read")
     print(detections_table(scores_by_label, model.names))
-    print(f"{images} images, {times_line({name: 1000 * total / max(images, 1) for name, total in seconds.items()})}")
+    each = {name: 1000 * total / images for name, total in seconds.items()}
+    together = 1000 * (time.perf_counter() - start) / images
+    print(f"{images} images, {times_line(each)}; side by side {together:.1f}")
     print(f"results are in {folder}")
-    if interrupted:
+    if isinstance(stopped, KeyboardInterrupt):
         raise KeyboardInterrupt("interrupted: what was finished before stays")
-    if problems:
-        print(f"{len(problems)} of {len(files)} files could not be read to their end", file=sys.stderr)
-    return 1 if problems else 0
+    if stopped is not None:
+        print(*told(stopped), "stopped: what was finished before stays", sep="\n", file=sys.stderr)
+    elif troubled:
+        print(f"{len(troubled)} of {len(sources)} sources could not be read or written to their end", file=sys.stderr)
+    return int(bool(stopped or troubled))

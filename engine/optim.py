@@ -8,22 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from engine.config import RunConfig
+
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
-LEARNING_RATES = {"SGD": 0.01, "AdamW": 0.005}  # where --lr0 names none
+LEARNING_RATES = {"SGD": 0.01, "Adam": 0.005, "AdamW": 0.005}  # where --lr0 names none
 SHORT_RUN = 2_000  # steps; fewer are too few for SGD
+NOMINAL_BATCH = 64  # images whose summed loss SGD's learning rates are made for, as in yolov5; Adam has no scale
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: weights of convolutions and linear layers decay; norms, biases and what says ``no_decay`` do not."""
+def parameter_groups(network: nn.Module, weight_decay: float, biases_apart: bool = False) -> list[dict[str, object]]:
+    """Two groups: weights of convolutions and linear layers decay; norms, biases and what says ``no_decay`` do not.
+
+    With `biases_apart` the biases are a third, which warms up otherwise (`set_rates`) and says so by ``bias``.
+    """
     decay: list[Tensor] = []
     still: list[Tensor] = []
-    for parameter in network.parameters():
+    biases: list[Tensor] = []
+    for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not getattr(parameter, "no_decay", False)
-            (decay if decays else still).append(parameter)
-    groups = ((decay, weight_decay), (still, 0.0))
-    return [{"params": parameters, "weight_decay": amount} for parameters, amount in groups if parameters]
+            apart = biases_apart and name.rpartition(".")[2] == "bias"
+            (decay if decays else biases if apart else still).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": amount}
+        for parameters, amount in ((decay, weight_decay), (still, 0.0))
+        if parameters
+    ]
+    return [*groups, {"params": biases, "weight_decay": 0.0, "bias": True}] if biases else groups
 
 
 def choose_optimizer(name: str, total_steps: int) -> str:
@@ -32,21 +44,44 @@ def choose_optimizer(name: str, total_steps: int) -> str:
 
 
 def make_optimizer(
-    network: nn.Module, name: str, *, lr: float, momentum: float, weight_decay: float
+    network: nn.Module, name: str, *, lr: float, momentum: float, weight_decay: float, biases_apart: bool = False
 ) -> torch.optim.Optimizer:
-    """``SGD`` with Nesterov momentum, or ``AdamW`` whose first beta is the momentum."""
-    groups = parameter_groups(network, weight_decay)
-    if name == "AdamW":
-        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
+    """``SGD`` with Nesterov momentum, or ``Adam`` or ``AdamW`` whose first beta is the momentum."""
+    groups = parameter_groups(network, weight_decay, biases_apart)
+    if name in ("Adam", "AdamW"):
+        kind = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
+        return kind(groups, lr=lr, betas=(momentum, 0.999), fused=True)
     assert name == "SGD", name
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
-def lr_factor(step: int, total_steps: int, warmup_steps: int, last: float) -> float:
-    """What the learning rate of ``step`` (from 0) is multiplied by: a cosine from 1 to ``last``, warmed up linearly."""
+def lr_factor(step: int, total_steps: int, warmup_steps: int, last: float, cosine: bool = True) -> float:
+    """What the learning rate of ``step`` (from 0) is multiplied by: a cosine, or a line, from 1 to ``last``.
+
+    The first steps are warmed up linearly.
+    """
     progress = step / max(total_steps - 1, 1)
-    cosine = last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
-    return cosine * min(1.0, (step + 1) / (warmup_steps + 1))
+    falling = (1 + math.cos(math.pi * progress)) / 2 if cosine else 1 - progress
+    return (last + (1 - last) * falling) * min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, step: int, warmup_steps: int, config: RunConfig) -> None:
+    """Sets the learning rate of a step, and what else warms up where the config asks for it, as in yolov5.
+
+    Over the warm-up, momentum (or the first beta) goes from ``warmup_momentum`` to ``momentum``, and the learning rate
+    of biases from ``warmup_bias_lr`` to that of the others.
+    """
+    warmed = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if config.warmup_bias_lr is not None and group.get("bias"):
+            group["lr"] = config.warmup_bias_lr + (lr - config.warmup_bias_lr) * warmed
+        if config.warmup_momentum is not None:
+            momentum = config.warmup_momentum + (config.momentum - config.warmup_momentum) * warmed
+            if "betas" in group:
+                group["betas"] = (momentum, group["betas"][1])
+            else:
+                group["momentum"] = momentum
 
 
 def warmup_length(warmup_epochs: float, steps_per_epoch: int, total_steps: int) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from data.files import atomically as atomically
+from data.files import write_text as write_text
 from data.structures import Fault
 
 
@@ -34,36 +33,11 @@ def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
     raise AssertionError("count() never ends")
 
 
-@contextmanager
-def atomically(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` (same ending) to write to; it takes the place of ``path`` if nothing failed."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def remove_leftovers(folder: Path) -> None:
     """Removes the unfinished checkpoints and tables of a run that was killed while it wrote them."""
-    for pattern in (".best.pt.*", ".last.pt.*", ".*-????????.csv"):
+    for pattern in (".best.pt.*", ".last.pt.*", ".epoch*.pt.*", ".*-????????.csv"):
         for leftover in folder.glob(pattern):
             leftover.unlink()
-
-
-def write_text(path: str | Path, text: str) -> None:
-    with atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

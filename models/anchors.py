@@ -55,9 +55,11 @@ def fit_anchors(
     return tuple(tuple(float(value) for value in level.reshape(-1)) for level in anchors.reshape(levels, per_level, 2))
 
 
-def best_possible_recall(boxes_wh: np.ndarray, anchors: tuple[tuple[float, ...], ...]) -> float:
-    """The share of boxes that some anchor may answer for: none is `LARGEST_RATIO` times off in width or height."""
+def best_possible_recall(
+    boxes_wh: np.ndarray, anchors: tuple[tuple[float, ...], ...], largest_ratio: float = LARGEST_RATIO
+) -> float:
+    """The share of boxes that some anchor may answer for: under `largest_ratio` times off in width and in height."""
     flat = np.array(anchors).reshape(-1, 2)
     ratio = np.asarray(boxes_wh)[:, None] / flat[None]
     worst = np.maximum(ratio, 1 / ratio.clip(1e-9)).max(axis=-1)
-    return float((worst.min(axis=1) < LARGEST_RATIO).mean()) if len(boxes_wh) else float("nan")
+    return float((worst.min(axis=1) < largest_ratio).mean()) if len(boxes_wh) else float("nan")

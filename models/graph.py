@@ -227,6 +227,10 @@ def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
             got = clip(flow(value))
             faults.append(f"{place}: {name} stands at the top of the file; write {OWN[name]} here, not {got}")
             continue
+        if op.is_head and choices_in(value):
+            got = f"{name}={clip(flow(value))}"
+            faults.append(f"{place}: {op}: a head has no choices, the rows before it may; got {got}")
+            continue
         listed = value.values if isinstance(value, PerBottleneck) else value
         if spread and op.per_bottleneck(name) and isinstance(value, Choice):
             listed = (value,) * most

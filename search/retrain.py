@@ -77,7 +77,7 @@ def continued(config: SearchConfig, weights: Path, epochs: int, project: Path, n
     """The training of a subnet with the options that its search had; its YAML is in `weights`."""
     shared = {field: getattr(config, field) for field in RunConfig.model_fields if field in config.model_fields_set}
     own = {"cfg": None, "weights": weights, "epochs": epochs, "project": project, "name": name, "exist_ok": True}
-    return TrainConfig(**shared | own, noval=True)
+    return TrainConfig(**shared | own, noval=True, noplots=True)
 
 
 def retrain_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from data.dataset import DetectionSet
@@ -28,8 +27,6 @@ from engine import config as options
 from engine.distributed import (
     World,
     average,
-    average_gradients,
-    average_numbers,
     broadcast,
     check_shares,
     gather_objects,
@@ -38,9 +35,29 @@ from engine.distributed import (
     together,
 )
 from engine.evaluate import pixels
-from engine.optim import LEARNING_RATES, averaged, choose_optimizer, lr_factor, make_optimizer, warmup_length
+from engine.measure import choose_amp
+from engine.optim import (
+    LEARNING_RATES,
+    NOMINAL_BATCH,
+    averaged,
+    choose_optimizer,
+    lr_factor,
+    make_optimizer,
+    set_rates,
+    warmup_length,
+)
+from engine.prepare import closing_epochs, file_hash, load_teacher, set_loss
 from engine.runs import remove_leftovers, write_csv
-from engine.train import CHECKED_STEPS, NOMINAL_BATCH, autocast, choose_amp, closing_epochs, no_number
+from engine.step import (
+    CHECKED_STEPS,
+    Moment,
+    Mover,
+    add_gradients,
+    autocast,
+    drawn_size,
+    move_weights,
+    no_number,
+)
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.network import Network
 from models.supernet import Supernet
@@ -95,7 +112,14 @@ def train_supernet(
     chosen = choose_optimizer(config.optimizer, total_steps)
     lr = config.lr0 or LEARNING_RATES[chosen]
     warmup_steps = warmup_length(config.warmup_epochs, total_steps // config.epochs, total_steps)
-    optimizer = make_optimizer(network, chosen, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(
+        network,
+        chosen,
+        lr=lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        biases_apart=config.warmup_bias_lr is not None,
+    )
     arch_lr = config.arch_lr or min(max(ALPHA_REACH / arch_steps, SLOWEST_ALPHA), FASTEST_ALPHA)
     arch_optimizer = torch.optim.Adam(supernet.alphas, lr=arch_lr, betas=(0.0, 0.999))  # ProxylessNAS's betas
     priced = [] if config.tango else [budget for budget in budgets if budget.metric in tables]
@@ -106,7 +130,7 @@ def train_supernet(
     average_network = ema.module
     assert isinstance(average_network, Network) and weight_images.augment is not None
     augment = weight_images.augment
-    calm = replace(augment, mosaic=0.0)
+    calm = replace(augment, mosaic=0.0, mixup=0.0)
     calm_from = config.epochs - closing_epochs(config) + 1
     say(f"{chosen}, lr {lr:g}, {total_steps} weight steps; {arch_steps} steps of alpha, lr {arch_lr:.2g}")
 
@@ -118,9 +142,12 @@ def train_supernet(
         "costs": costs_hash(tables),
         "weight_images": images_hash(weight_images.samples),
         "judge_images": images_hash(judge_images.samples),
+        "teacher": file_hash(config.teacher),
     }
     supernet.activate(supernet.picks(fair_options(supernet.decisions, config.seed, 0)))
     with together(world):
+        set_loss(network, config)
+        teacher, distill = load_teacher(config, network, names, device)
         if config.resume is not None:
             checkpoint = load_checkpoint(last_path)
             state = checkpoint.training
@@ -152,6 +179,8 @@ def train_supernet(
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     if state and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+    gain = NOMINAL_BATCH if chosen == "SGD" else 1
+    mover = Mover(network, optimizer, ema, scaler, world, amp, gain, last_path, teacher, distill)
 
     # The loop.
     bar = tqdm(total=total_steps, initial=step, desc="supernet", unit="step", disable=not progress, leave=False)
@@ -165,6 +194,7 @@ def train_supernet(
             sums: dict[str, float] = {}
             held_out: list[float] = []
             for number, batch in enumerate(share(epoch=epoch, workers=config.workers), 1):
+                at = Moment(epoch, step)
                 # The architecture parameters, on images that the weights never see.
                 turn, wait = divmod(step - arch_from, config.arch_every)
                 if turn > 0 and wait == 0:
@@ -191,7 +221,7 @@ def train_supernet(
                         )
                     if not math.isfinite(value):
                         with together(world):
-                            raise no_number("held-out loss", {"loss": value}, epoch, step, last_path)
+                            raise no_number("held-out loss", {"loss": value}, at, last_path)
                     held_out.append(value)
 
                 # The weights of one subnet.
@@ -200,32 +230,15 @@ def train_supernet(
                 else:
                     decided = fair_options(supernet.decisions, config.seed, step)
                 supernet.activate(supernet.picks(decided))
-                lr_now = lr * lr_factor(step, total_steps, warmup_steps, config.lrf)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_now
-                with autocast(device, amp):
-                    outputs, _ = network(pixels(batch, device))
-                loss, parts = network.loss_from(outputs, batch.targets.to(device))
-                values = {name: float(value) for name, value in {"loss": loss.detach(), **parts}.items()}
-                for name, value in average_numbers(values, world).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                means = {name: value / number for name, value in sums.items()}
-                if not math.isfinite(sums["loss"]):
-                    with together(world):
-                        raise no_number("loss", values, epoch, step, last_path)
+                lr_now = lr * lr_factor(step, total_steps, warmup_steps, config.lrf, config.cos_lr)
+                set_rates(optimizer, lr_now, step, warmup_steps, config)
+                size = drawn_size(config.imgsz, network.max_stride, config.seed, step) if config.multi_scale else None
                 # Of this loss in the step: the shares of the processes are averaged, not summed.
-                weight = len(batch.images) * world.size / batch_size
-                scaler.scale(loss * weight * (NOMINAL_BATCH if chosen == "SGD" else 1)).backward()
-                average_gradients(network, world, check=number <= CHECKED_STEPS)
-                scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(network.parameters(), 10.0)
-                if not scaler.is_enabled() and not torch.isfinite(norm):  # a scaler skips such a step by itself
-                    with together(world):
-                        raise no_number("gradient", {"norm": float(norm), **values}, epoch, step, last_path)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)  # weights that a step does not sample must not move by momentum
-                ema.update_parameters(network)
+                part = len(batch.images) * world.size / batch_size
+                values = add_gradients(mover, batch, at, part=part, imgsz=size)
+                move_weights(mover, at, values, check=number <= CHECKED_STEPS)
+                sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+                means = {name: value / number for name, value in sums.items()}
                 step += 1
                 bar.set_postfix({"epoch": epoch, **{k: f"{v:.3g}" for k, v in means.items()}}, refresh=False)
                 bar.update()
@@ -336,11 +349,12 @@ def check_unchanged(last: Path, state: Mapping[str, Any], now: Mapping[str, str]
         "costs": "the cost tables are others, as on another device or with another --latency-table",
         "weight_images": "the images that train the weights, or their labels, are others",
         "judge_images": "the images that move alphas and judge, or their labels, are others",
+        "teacher": "the teacher is another one",
     }
     faults = [
-        f"{last}: {meant[name]} ({value}) than this search began with ({state[name]}); give it those, or start anew"
+        f"{last}: {meant[name]} ({value}) than this search began with ({state.get(name)}); give it those, or start anew"
         for name, value in now.items()
-        if state[name] != value
+        if state.get(name, "") != value
     ]
     if faults:
         raise Fault(*faults)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from models.registry import OPS
 torch.set_num_threads(1)
 cv2.setNumThreads(0)
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="Agg")
+CACHE = tempfile.TemporaryDirectory(prefix="oneshot-yolo-tests-")  # instead of the user's own; gone at the end
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 # No deadline: a busy machine is no bug. Derandomized: the same examples on every run.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -21,7 +21,7 @@ def write(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("path", sorted((ROOT / "cfg/data").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_yaml_reads(path: Path) -> None:
     spec = read_data_spec(path)
-    assert spec.train and spec.val and len(spec.names) >= 3
+    assert spec.sources("train") and len(spec.names) >= 3
 
 
 def test_folder_is_relative_to_the_yaml_itself(tmp_path: Path) -> None:
@@ -29,6 +29,22 @@ def test_folder_is_relative_to_the_yaml_itself(tmp_path: Path) -> None:
     assert spec.root == tmp_path.parent / "other"
     assert spec.names == ("a", "b")
     assert (spec.train, spec.val, spec.format) == ("images", None, "yolo")
+
+
+def test_yamls_of_other_programs_read(tmp_path: Path) -> None:
+    text = "path: .\ntrain: [images/a, images/b]\nval: ../valid/images\ntest:\nnc: 2\nnames: ['a', 'b']\n"
+    (tmp_path / "valid/images").mkdir(parents=True)
+    spec = read_data_spec(write(tmp_path, text + "roboflow:\n  workspace: w\n  version: 3\n"))
+    assert spec.sources("train") == (tmp_path / "images/a", tmp_path / "images/b")
+    assert (spec.sources("val"), spec.sources("test"), spec.test) == ((tmp_path / "valid/images",), (), None)
+
+
+def test_a_json_makes_it_coco(tmp_path: Path) -> None:
+    spec = read_data_spec(write(tmp_path, "train: a/instances.json\nnames: [a]\n"))
+    assert (spec.format, spec.jsons("train")) == ("coco", (tmp_path / "a/instances.json",))
+    spec = read_data_spec(write(tmp_path, "train: images\ntrain_json: [a.json, b.json]\nnames: [a]\n"))
+    assert (spec.format, spec.jsons("train")) == ("coco", (tmp_path / "a.json", tmp_path / "b.json"))
+    assert spec.sources("train") == (tmp_path / "images",)
 
 
 def test_names_stay_as_they_are_written(tmp_path: Path) -> None:
@@ -52,10 +68,31 @@ def test_names_stay_as_they_are_written(tmp_path: Path) -> None:
         ),
         (
             "train: t\nnames: [a]\nformat: vok\n",
-            ":3: format 'vok' is not known; one of yolo, voc; did you mean 'voc'?",
+            ":3: format 'vok' is not known; one of yolo, voc, coco; did you mean 'voc'?",
         ),
         ("names: [a]\n", ": none of train, val and test is given; add train: images/train"),
-        ("train: [a, b]\nnames: [a]\n", ":1: train is a list; one text is right"),
+        ("train: {a: b}\nnames: [a]\n", ":1: train is a mapping; one text is right"),
+        (
+            "train: [a, [b]]\nnames: [a]\n",
+            ":1: train is a list of something else than texts; as [images/a, images/b] is right",
+        ),
+        ("path: [a]\ntrain: a\nnames: [a]\n", ":1: path is a list; one text is right"),
+        (
+            "train: a.json\nformat: yolo\nnames: [a]\n",
+            ":1: train is a JSON, but format is yolo; one of the two is right",
+        ),
+        (
+            "train: a.json\ntrain_json: b.json\nnames: [a]\n",
+            ":1: train is a JSON and train_json is one too; one of the two is right",
+        ),
+        (
+            "train: a\nval_json: b.json\nnames: [a]\n",
+            ":2: val_json is given and val is not; val: is the folder of its images",
+        ),
+        (
+            "train: a\nformat: coco\nnames: [a]\n",
+            ":1: train has no JSON; add train_json: annotations/instances_train.json",
+        ),
         ("train: a\ntrain: b\nnames: [a]\n", ":2: train is given twice; the first is in line 1"),
         ("- a\n", ": not a data YAML; it needs lines such as 'train: images/train' and 'names: [circle]'"),
         ("train: [a\n", ":2: not YAML: expected ',' or ']', but got '<stream end>'"),

@@ -111,41 +111,6 @@ def test_boxes_lie_in_the_image_and_no_shape_is_all_but_hidden() -> None:
 # --- python -m data -------------------------------------------------------------------------------------------------
 
 
-def test_check_counts_what_is_there(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(drawn / "data.yaml")]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[0] == f"{drawn}/data.yaml: 5 classes, format yolo, in {drawn}"
-    assert ["images", "12", "4"] in [line.split() for line in out.splitlines()]
-    assert out.endswith("\n\nfit for use\n")
-
-
-def test_check_shows_every_fault_and_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for split, text in (("train", "0 .5 .5 .5 .5\n"), ("val", "0 .5\n3 .5 .5 .1 .1\n")):
-        (tmp_path / "images" / split).mkdir(parents=True)
-        (tmp_path / "labels" / split).mkdir(parents=True)
-        for name in "ab":
-            cv2.imwrite(str(tmp_path / f"images/{split}/{name}.png"), np.zeros((20, 20, 3), dtype=np.uint8))
-        (tmp_path / f"labels/{split}/a.txt").write_text(text)
-    yaml = tmp_path / "data.yaml"
-    yaml.write_text("train: images/train\nval: images/val\ntest: images/train\nnames: [a]\n")
-    assert main(["check", str(yaml)]) == 2
-    lines = capsys.readouterr().out.splitlines()
-    labels = tmp_path / "labels/val/a.txt"
-    for line in (
-        "note: train: 1 image without a label file, taken as without objects: b.png",
-        "note: train and test share 2 images: a.png, b.png",
-        f"fault: {labels}:1: found 2 fields; 5 are right: class cx cy width height",
-        f"fault: {labels}:2: class 3 is out of range; there are 1 names, so 0 to 0 is right",
-        "not fit for use: correct the faults above",
-    ):
-        assert line in lines
-
-
-def test_a_wrong_yaml_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(tmp_path / "none.yaml")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_the_shapes_command_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ def fit(world: World, folder: Path) -> dict[str, Any]:
 
     training.averaged = spying  # type: ignore[assignment]
     options = {"cfg": folder / "model.yaml", "data": folder / "data.yaml", "epochs": 2, "batch_size": 4, "imgsz": 64}
+    options["noplots"] = True  # type: ignore[assignment]
     config = TrainConfig(**options, device="cpu", project=folder / "runs")  # type: ignore[arg-type]
     result = train(config, progress=False)
     whole, steps[:] = list(steps), []
@@ -342,14 +343,14 @@ def test_shares_make_up_the_batches_and_none_is_empty(count: int, batch_size: in
         return
     images = DetectionSet([Sample(Path(f"{i}.png"), [], []) for i in range(count)], 32)  # type: ignore[arg-type]
     given = {"epoch": 3, "seed": 5, "shuffle": True, "world_size": size}
-    ranks = [list(batches(images, batch_size, **given, rank=rank).loader.batch_sampler) for rank in range(size)]  # type: ignore[arg-type]
+    ranks = [batches(images, batch_size, **given, rank=rank).lists for rank in range(size)]  # type: ignore[arg-type]
     assert len({len(lists) for lists in ranks}) == 1
     whole = []
     for shares in zip(*ranks, strict=True):
         lengths = [len(share) for share in shares]
         assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
         whole.append([shares[place % size][place // size] for place in range(sum(lengths))])
-    alone = list(batches(images, batch_size, epoch=3, seed=5, shuffle=True).loader.batch_sampler)
+    alone = batches(images, batch_size, epoch=3, seed=5, shuffle=True).lists
     assert sum(whole, []) == sum(alone, [])  # type: ignore[arg-type]
     joined = 0 < count % batch_size < size
     assert len(whole) == len(alone) - joined and whole[:-1] == alone[: len(whole) - 1]

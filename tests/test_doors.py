@@ -132,7 +132,7 @@ def test_every_wrong_option_is_told_in_one_go() -> None:
 
 
 def test_options_survive_their_file(tmp_path: Path) -> None:
-    config = TrainConfig(data=Path("a.yaml"), lr0=1e-5, cache=False, name="no", close_mosaic=None)
+    config = TrainConfig(data=Path("a.yaml"), lr0=1e-5, cache="off", name="no", close_mosaic=None)
     save_config(tmp_path / "config.yaml", config)
     assert train_config(read_options(tmp_path / "config.yaml")) == config
 
@@ -159,7 +159,7 @@ def test_scientific_numbers_in_a_file_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "hyp.yaml"
     path.write_text("lr0: 1e-3\nname: no\ncache: false\n")
     config = train_config(read_options(path))
-    assert (config.lr0, config.name, config.cache) == (0.001, "no", False)
+    assert (config.lr0, config.name, config.cache) == (0.001, "no", "off")
 
 
 def test_every_option_says_what_it_is() -> None:

@@ -1,5 +1,7 @@
 """COCO's numbers: against published ones, against numbers worked out by hand, and through a network that sees."""
 
+import contextlib
+import io
 import json
 import math
 from dataclasses import astuple
@@ -15,7 +17,16 @@ from torch import nn
 from data.dataset import DetectionSet
 from data.structures import Detections, Fault, Sample
 from engine import evaluate as module
-from engine.evaluate import check_imgsz, check_names, coco_metrics, evaluate
+from engine.evaluate import (
+    check_imgsz,
+    check_names,
+    coco_metrics,
+    coco_results,
+    detections_of,
+    evaluate,
+    file_names,
+    label_lines,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -159,6 +170,104 @@ def test_both_backends_agree():
         assert list(a[1:]) == close(list(b[1:]))
 
 
+def ignoring(boxes, crowd, **more):
+    """A sample of one object, 10 x 10 at the corner, beside which these are ignored."""
+    return Sample(
+        Path("a"),
+        np.array([[0, 0, 10, 10]], np.float32),
+        np.zeros(1, np.int64),
+        ignored_boxes=np.array(boxes, np.float32),
+        ignored_labels=np.zeros(len(boxes), np.int64),
+        ignored_crowd=np.full(len(boxes), crowd),
+        **more,
+    )
+
+
+def test_a_crowd_takes_every_detection_inside(backend):
+    boxes = [[110.0, 110, 120, 120], [130, 130, 140, 140], [0, 0, 10, 10]]
+    seen = found(boxes, [0.9, 0.8, 0.7], [0, 0, 0])
+    assert coco_metrics([ignoring([[100, 100, 200, 200]], True)], [seen], ["cat"], backend=backend).ap == close(1)
+    # by plain overlap neither is in it: two wrong ones before the right one
+    plain = coco_metrics([ignoring([[100, 100, 200, 200]], False)], [seen], ["cat"], backend=backend)
+    assert plain.ap == close(1 / 3)
+
+
+def test_a_difficult_object_takes_one_detection(backend):
+    boxes = [[50.0, 50, 60, 60], [0, 0, 10, 10], [50, 50, 60, 60]]
+    truth = ignoring([[50, 50, 60, 60]], False)
+    once, twice = found(boxes[:2], [0.9, 0.7], [0, 0]), found(boxes, [0.9, 0.7, 0.8], [0, 0, 0])
+    assert list(astuple(coco_metrics([truth], [once], ["cat"], backend=backend))[:4]) == close([1, 1, 1, 1])
+    assert coco_metrics([truth], [twice], ["cat"], backend=backend).ap == close(0.5)
+
+
+def test_the_area_of_the_outline_says_how_large_an_object_is(backend):
+    truth = [Sample(Path("a"), np.array([[0, 0, 40, 40]], np.float32), np.zeros(1, np.int64), np.array([500.0]))]
+    by_outline = coco_metrics(truth, [found([[0.0, 0, 40, 40]], [0.9], [0])], ["cat"], backend=backend)
+    assert [by_outline.ap_small, by_outline.ap_medium] == close([1, math.nan])
+    assert by_outline.per_class_sizes == (close((1, math.nan, math.nan)),)
+    by_box = coco_metrics([Sample(*astuple(truth[0])[:3])], [found([[0.0, 0, 40, 40]], [0.9], [0])], ["cat"])
+    assert [by_box.ap_small, by_box.ap_medium] == close([math.nan, 1])
+
+
+def pycocotools_stats(truths, detections, classes):
+    """COCO's own program on files as one would write them by hand: results go through its ``loadRes``."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def xywh(box):
+        x1, y1, x2, y2 = map(float, box)
+        return [x1, y1, x2 - x1, y2 - y1]
+
+    annotations, rows = [], []
+    for image, (truth, seen) in enumerate(zip(truths, detections, strict=True)):
+        areas = truth.areas if truth.areas is not None else [w * h for *_, w, h in map(xywh, truth.boxes)]
+        for box, label, area in zip(truth.boxes, truth.labels, areas, strict=True):
+            annotations.append(dict(image_id=image, category_id=int(label), bbox=xywh(box), area=area, iscrowd=0))
+        for box, label in zip(truth.ignored_boxes, truth.ignored_labels, strict=True):
+            annotations.append(dict(image_id=image, category_id=int(label), bbox=xywh(box), area=1.0, iscrowd=1))
+        for box, label, score in zip(seen.boxes, seen.labels, seen.scores, strict=True):
+            rows.append(dict(image_id=image, category_id=int(label), bbox=xywh(box), score=float(score)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": image} for image in range(len(truths))],
+            "categories": [{"id": label} for label in range(classes)],
+            "annotations": [{**row, "id": number} for number, row in enumerate(annotations, start=1)],
+        }
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(rows), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [value if value > -1 else math.nan for value in evaluation.stats]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_data_gives_the_numbers_of_pycocotools(backend, seed):
+    rng = np.random.default_rng(seed)
+    truths, detections = [], []
+    for _ in range(12):
+        corner, label = rng.uniform(0, 300, (12, 2)), rng.integers(0, 5, 12)
+        boxes = np.concatenate([corner, corner + np.exp(rng.uniform(1.5, 5.5, (12, 2)))], axis=1).astype(np.float32)
+        crowd = rng.random(12) < 0.2
+        truths.append(
+            Sample(
+                Path("a"),
+                boxes[~crowd],
+                label[~crowd],
+                rng.uniform(50, 20_000, (~crowd).sum()) if seed else None,
+                boxes[crowd],
+                label[crowd],
+                np.ones(crowd.sum(), dtype=bool),
+            )
+        )
+        moved = np.concatenate([boxes + rng.normal(0, 4, boxes.shape), boxes[::-1], boxes])
+        scores = np.sort(rng.uniform(0, 1, 36).round(1))[::-1]
+        detections.append(found(moved.tolist(), scores.tolist(), [*label, *label, *rng.integers(0, 5, 12)]))
+    metrics = coco_metrics(truths, detections, list("abcde"), backend=backend)
+    assert list(astuple(metrics)[:12]) == close(pycocotools_stats(truths, detections, 5))
+
+
 # ---- a network over a data set ----
 
 
@@ -181,6 +290,23 @@ def test_a_network_that_sees_everything_scores_one(pictures, batch_size):
     assert [name for name, *_ in metrics.per_class] == ["red", "green"]
     assert set(metrics.ms_per_image) == {"read", "network", "nms"}
     assert all(ms > 0 for ms in metrics.ms_per_image.values())
+
+
+@pytest.mark.parametrize("rect", [False, True])
+def test_detections_come_in_the_order_of_the_samples(pictures, rect):
+    dataset = DetectionSet(pictures, 256, None, seed=0, cache=False, rect=rect)
+    detections, ms = detections_of(Seer(), dataset, batch_size=2, conf=0.3, progress=False)
+    for sample, seen in zip(pictures, detections, strict=True):
+        order = seen.labels.argsort()
+        assert seen.labels[order].tolist() == sample.labels.tolist()
+        np.testing.assert_allclose(seen.boxes[order], sample.boxes, atol=1)
+    assert list(ms) == ["read", "network", "nms"]
+
+
+def test_one_class_is_found_whatever_the_network_calls_it(pictures):
+    dataset = DetectionSet(pictures, 256, None, seed=0, cache=False)
+    detections, _ = detections_of(Seer(), dataset, conf=0.3, one_class=True, progress=False)
+    assert [seen.labels.tolist() for seen in detections] == [[0, 0], [0], []]
 
 
 def test_a_network_is_put_back_after_a_failure(pictures, tmp_path):
@@ -226,14 +352,72 @@ def val(monkeypatch, pictures, tmp_path):
         (tmp_path / "set" / "labels" / "val" / f"{sample.path.stem}.txt").write_text("".join(lines))
     data = tmp_path / "data.yaml"
     data.write_text("path: set\ntrain: images/val\nval: images/val\nnames: [red, green]\n")
+    monkeypatch.chdir(tmp_path)
     return lambda *more: module.main(["--weights", "x.pt", "--data", str(data), "--device", "cpu", *more])
 
 
 def test_val_prints_every_number_and_class(val, capsys):
-    assert val("--conf-thres", "0.3") == 0
+    assert val("--conf-thres", "0.3", "--noplots") == 0
     out = capsys.readouterr().out
-    for word in ("all", "red", "green", "AP75", "AR 100", "AP small", "3 images", "network"):
+    for word in ("all", "red", "green", "AP75", "AR 100", "AP small", "VOC 11-point", "3 images", "network"):
         assert word in out
+    assert "--conf-thres 0.3: AP counts low scores too and comes out too low; 0.001 is usual" in out
+    assert sorted(path.name for path in Path("runs/val/exp").iterdir()) == ["metrics.json"]
+
+
+def test_val_writes_what_was_asked_for(val, tmp_path):
+    (tmp_path / "data.yaml").write_text("path: set\nval: images/val\ntest: images/val\nnames: [red, green]\n")
+    options = ["--conf-thres", "0.3", "--save-json", "--save-txt", "--save-conf", "--rect"]
+    assert val(*options, "--task", "test", "--name", "here") == 0
+    folder = Path("runs/val/here")
+    assert {path.name for path in folder.iterdir()} >= {"PR_curve.png", "F1_curve.png", "confusion_matrix.png"}
+    rows = json.loads((folder / "predictions.json").read_text())
+    assert {(row["image_id"], row["category_id"]) for row in rows} == {("wide", 0), ("wide", 1), ("tall", 1)}
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert numbers["coco"]["ap50"] == close(1) and numbers["voc"]["area"] == close(1)
+    assert numbers["coco"]["ap_large"] is None
+    first = (folder / "labels" / "wide.txt").read_text().splitlines()[0].split()
+    assert first[0] == "0"
+    assert [float(value) for value in first[1:]] == pytest.approx([0.25, 0.5, 0.3, 0.5, 0.9], abs=0.02)
+    assert (folder / "labels" / "empty.txt").read_text() == ""
+    assert val("--noplots", "--name", "here") == 0 and Path("runs/val/here2/metrics.json").is_file()
+
+
+def test_val_of_a_single_class_takes_any_names(val, capsys, tmp_path):
+    (tmp_path / "data.yaml").write_text("path: set\nval: images/val\nnames: [apple, pear]\n")
+    assert val("--single-cls", "--conf-thres", "0.3", "--noplots", "--save-json") == 0
+    assert "item" in capsys.readouterr().out
+    rows = json.loads(Path("runs/val/exp/predictions.json").read_text())
+    assert len(rows) == 3 and {row["category_id"] for row in rows} == {0}
+    assert json.loads(Path("runs/val/exp/metrics.json").read_text())["coco"]["ap50"] == close(1)
+
+
+def test_results_carry_the_ids_of_the_data():
+    seen = found([[1.0, 2, 4, 6]], [0.5], [1])
+    samples = [Sample(Path("a/7.jpg"), np.zeros((0, 4)), np.zeros(0), image_id=397133)]
+    (row,) = coco_results(samples, [seen], (1, 90))
+    assert row == {"image_id": 397133, "category_id": 90, "bbox": [1, 2, 3, 4], "score": 0.5}
+    without = [Sample(Path("a/007.jpg"), np.zeros((0, 4)), np.zeros(0))]
+    assert coco_results(without, [seen], range(2))[0]["image_id"] == 7
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["/d/a/1.jpg", "/d/a/2.jpg"], ["1", "2"]),
+        (["/d/a/1.jpg", "/d/b/1.jpg"], ["a/1", "b/1"]),
+        (["/d/a/1.jpg", "/d/a/1.png"], ["1.jpg", "1.png"]),
+        ([], []),
+    ],
+)
+def test_a_file_has_the_shortest_name_that_is_its_own(paths, names):
+    assert file_names([Sample(Path(path), np.zeros((0, 4)), np.zeros(0)) for path in paths]) == names
+
+
+def test_label_lines_by_hand():
+    seen = found([[10.0, 10, 30, 20], [0, 0, 100, 50]], [0.75, 0.5], [3, 0])
+    assert label_lines(seen, (100, 50), scores=True) == "3 0.2 0.3 0.2 0.2 0.75\n0 0.5 0.5 1 1 0.5\n"
+    assert label_lines(seen, (100, 50), scores=False) == "3 0.2 0.3 0.2 0.2\n0 0.5 0.5 1 1\n"
 
 
 @pytest.mark.parametrize(
@@ -246,6 +430,9 @@ def test_val_prints_every_number_and_class(val, capsys):
         (["--batch-size", "0"], "--batch-size"),
         (["--device", "tpu"], "--device"),
         (["--split", "test"], "test"),
+        (["--workers", "-1"], "--workers"),
+        (["--save-conf"], "--save-conf: says what --save-txt writes; give both"),
+        (["--half"], "--half: half precision needs a GPU"),
     ],
 )
 def test_val_says_what_is_wrong(val, capsys, options, message):

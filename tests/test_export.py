@@ -33,6 +33,8 @@ from engine.export import (
     read_file,
     write_file,
 )
+from engine.infer import load
+from engine.infer import main as detect
 from engine.nms import nms
 from models.checkpoint import save_checkpoint
 from models.cost import count_params
@@ -103,15 +105,18 @@ def test_a_file_finds_what_the_network_finds(kind, inside, weights, capsys):
     wrote, parity, latency = said.splitlines()
     gives = "boxes, scores, labels, count" if inside else "boxes, scores"
     kept, all_of = count_params(fuse(a_network())), count_params(a_network())
-    assert wrote == f"{out}: [batch, 3, 64, 64] -> {gives}; {kept:,} of {all_of:,} parameters, the rest is folded"
+    shape = "[batch, 3, height, width], multiples of 8" if kind == "onnx" else "[batch, 3, 64, 64]"
+    assert wrote == f"{out}: {shape} -> {gives}; {kept:,} of {all_of:,} parameters, the rest is folded"
     assert parity.startswith("parity: boxes ") and int(parity.split()[-6]) > 10
     assert latency.startswith("latency: torch ") and "torch fused " in latency
 
     images, network, run = check_images(None, SIZE).repeat(2, 1, 1, 1)[:5], a_network(), read_file(out, kind)
-    for batch in (1, 2, 5):
+    any_size = [images[:2, :, :24], images[:1, :, 8:16, :40]] if kind == "onnx" else []
+    for given in (images[:1], images[:2], images, *any_size):
+        batch = len(given)
         with torch.no_grad():
-            boxes, scores = network.predict(images[:batch])
-        found = run(images[:batch])
+            boxes, scores = network.predict(given)
+        found = run(given)
         if not inside:
             torch.testing.assert_close(found[0], boxes, rtol=0, atol=1e-3)
             torch.testing.assert_close(found[1], scores, rtol=0, atol=1e-5)
@@ -123,6 +128,10 @@ def test_a_file_finds_what_the_network_finds(kind, inside, weights, capsys):
             torch.testing.assert_close(found[0][index, :count], wanted.boxes, rtol=0, atol=1e-3)
             torch.testing.assert_close(found[1][index, :count], wanted.scores, rtol=0, atol=1e-5)
             assert found[2][index, :count].tolist() == wanted.labels.tolist()
+    if kind == "onnx":
+        assert_same_detections(weights, out, capsys)
+        if inside:
+            assert_what_it_left_out_is_told(out, weights)
     if kind == "torch" and not inside:
         return  # the other file is looked at from outside
     about = torch_says(out) if kind == "torch" else onnx_says(out, OUTPUTS[inside])
@@ -130,6 +139,34 @@ def test_a_file_finds_what_the_network_finds(kind, inside, weights, capsys):
     assert count_params(build(parse_text(about["yaml"]))) == all_of
     wanted = {"conf": 0.3, "iou": 0.45, "max_det": 20, "candidates": CANDIDATES}
     assert json.loads(about.get("nms") or "{}") == (wanted if inside else {})
+
+
+def assert_same_detections(weights: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint and its file find the same in Python and by the same command: tall, wide, small, in batches."""
+    folder = weights.parent / "pictures"
+    folder.mkdir()
+    for number, (height, width) in enumerate([(64, 64), (40, 100), (90, 33), (17, 20)]):
+        write_image(folder / f"{number}.png", draw_image(100, np.random.default_rng(number))[0][:height, :width])
+    pictures = sorted(folder.iterdir())
+    asked = {"conf": 0.3, "max_det": 20}
+    for batch_size in (1, 3):
+        mine, other = (load(path)(pictures, **asked, batch_size=batch_size) for path in (weights, file))
+        assert sum(map(len, mine)) > 20
+        for wanted, found in zip(mine, other, strict=True):
+            assert wanted.labels.tolist() == found.labels.tolist() and found.names == tuple(NAMES)
+            np.testing.assert_allclose(found.boxes, wanted.boxes, rtol=0, atol=1e-3)
+            np.testing.assert_allclose(found.scores, wanted.scores, rtol=0, atol=1e-5)
+    rows = []
+    for path in (weights, file):
+        command = ["--source", folder, "--project", weights.parent / "runs", "--name", path.suffix[1:], "--save-json"]
+        more = ["--device", "cpu", "--conf-thres", 0.3, "--max-det", 20, "--nosave"]
+        assert detect([str(option) for option in ["--weights", path, *command, *more]]) == 0
+        rows.append(json.loads((weights.parent / "runs" / path.suffix[1:] / "predictions.json").read_text()))
+    for wanted, found in zip(*rows, strict=True):
+        assert [entry["class"] for entry in wanted["detections"]] == [entry["class"] for entry in found["detections"]]
+        for this, that in zip(wanted["detections"], found["detections"], strict=True):
+            assert this["box"] == pytest.approx(that["box"], abs=0.011)  # written with two decimals
+    capsys.readouterr()
 
 
 def torch_says(path: Path) -> dict[str, str]:
@@ -155,9 +192,37 @@ def onnx_says(path: Path, outputs: Sequence[str]) -> dict[str, str]:
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     (images,) = model.graph.input
-    assert [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim] == ["batch", 3, 64, 64]
+    batch, channels, *size = (d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim)
+    assert (batch, channels) == ("batch", 3) and len(set(size)) == 2 and all(isinstance(side, str) for side in size)
     assert [y.name for y in model.graph.output] == list(outputs) and model.opset_import[0].version == export.OPSET
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def test_a_static_file_takes_squares_only(weights, capsys, monkeypatch):
+    written = []
+    monkeypatch.setattr(export, "write_file", lambda path, *rest: written.append(rest[-1]) or path.touch())
+    monkeypatch.setattr(export, "read_file", reading(a_network()))
+    monkeypatch.setattr(export, "find_spec", lambda name: object())
+    for options, shape in ((["--static"], "[batch, 3, 64, 64]"), ([], "[batch, 3, height, width], multiples of 8")):
+        code, said, _ = outcome(capsys, "--weights", weights, "--format", "onnx", *options)
+        assert code == 0 and f"{shape} -> boxes, scores;" in said
+    assert written == [None, 8]
+
+
+def assert_what_it_left_out_is_told(file: Path, weights: Path) -> None:
+    """Of a file that suppresses at .3, .45 and 20."""
+    picture, model = draw_image(SIZE, np.random.default_rng(0))[0], load(file)
+    assert len(model(picture)) == len(load(weights)(picture, conf=0.3, max_det=20))
+    assert len(model(picture, conf=0.5, max_det=3)) == len(load(weights)(picture, conf=0.5, max_det=3))
+    for asked, told in (
+        ({"conf": 0.1}, "--conf-thres 0.1: it left out all up to 0.3: "),
+        ({"iou": 0.6}, "--iou-thres 0.6: it went by 0.45: "),
+        ({"max_det": 30}, "--max-det 30: it gives 20 at most: "),
+        ({"agnostic": True}, "--agnostic-nms: it compared boxes of one class only: "),
+    ):
+        with pytest.raises(Fault) as fault:
+            model(picture, **asked)
+        assert str(fault.value).startswith(told) and "export it again without --nms" in str(fault.value)
 
 
 # ---- suppression inside the file

@@ -267,7 +267,7 @@ def test_an_unknown_default_activation_is_told_once_where_it_stands():
 
 def test_a_model_ends_in_its_head():
     assert told(changed(DETECT, "[-1, 1, Conv, [8]]")) == [
-        "bad.yaml:9:5 layer 3 [-1, 1, Conv, [8]]: a model's last row is its head, Detect; here it is Conv"
+        "bad.yaml:9:5 layer 3 [-1, 1, Conv, [8]]: a model's last row is its head, DFLDetect or Detect; here it is Conv"
     ]
     early = [f"bad.yaml:9:5 layer 3 {DETECT}: a head is a model's last row; rows behind this one: 1"]
     assert told(GOOD + "  - [-1, 1, Conv, [8]]\n") == early  # and no word about what the row reads

@@ -82,7 +82,7 @@ def test_the_best_subnet_is_trained_measured_and_run_with_no_special_flag(search
     assert train(list(map(str, options))) == 0
     assert "missing" not in capsys.readouterr().out  # every tensor was inherited
     best = project / "exp" / "best.pt"
-    assert val(["--weights", str(best), "--data", str(data)]) == 0
+    assert val(["--weights", str(best), "--data", str(data), "--project", str(searched.parent / "val")]) == 0
     for source in (data.parent / "images" / "val", data.parent / "video.mp4"):
         found = ["--weights", best, "--source", source, "--project", searched.parent / "detect", "--conf-thres", "0.05"]
         assert detect(list(map(str, found))) == 0

@@ -6,12 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.nms import BLOCK, nms, pairwise_iou
+from engine import nms as module
+from engine.nms import BLOCK, best, nms, pairwise_iou, suppress
 
 
 def slow_nms(boxes, scores, *, conf, iou, max_det, agnostic, multi_label, classes=None):
     """One box after the other, best first; rows of (box index, label)."""
-    candidates, boxes = [], boxes.numpy()
+    candidates, boxes = [], boxes.double().numpy()
     for index, row in enumerate(scores.numpy()):
         x1, y1, x2, y2 = boxes[index]
         labels = [label for label in range(len(row)) if classes is None or label in classes]
@@ -55,15 +56,56 @@ def predictions(draw):
     st.booleans(),
     st.booleans(),
     st.sampled_from([None, [0]]),
+    st.sampled_from([(BLOCK, module.FIRST), (2, 3), (5, 1)]),
 )
-def test_blocked_is_greedy_for_any_boxes(given_, conf, iou, max_det, agnostic, multi_label, classes):
+def test_blocked_is_greedy_for_any_boxes(given_, conf, iou, max_det, agnostic, multi_label, classes, sizes):
     boxes, scores = given_
     options = dict(conf=conf, iou=iou, max_det=max_det, agnostic=agnostic, multi_label=multi_label, classes=classes)
     expected = slow_nms(boxes, scores, **options)
-    found = nms(boxes, scores, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in zip(("BLOCK", "FIRST"), sizes, strict=True):
+            patch.setattr(module, name, size)
+        found = nms(boxes, scores, **options)
     assert found.labels.tolist() == [label for _, label in expected]
     torch.testing.assert_close(found.boxes, boxes[[index for index, _ in expected]], rtol=0, atol=0)
     torch.testing.assert_close(found.scores, torch.stack([scores[r] for r in expected]) if expected else scores[:0, 0])
+
+
+finite = st.floats(0, 4000, width=32, allow_subnormal=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(finite, finite, finite, finite, st.integers(0, 3)), max_size=20), st.data())
+def test_any_float_is_compared_in_double_precision(rows, data):
+    """The threshold is the very overlap of a pair, where it is hardest to fall to the same side as the plain walk."""
+    boxes = np.array([row[:4] for row in rows], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    scores, labels = np.array([row[4] for row in rows], np.float32), np.zeros(len(rows), np.int64)
+    exact = boxes.astype(np.float64)
+    overlaps = sorted({slow_iou(a, b) for a in exact for b in exact} | {0.5})
+    iou = data.draw(st.sampled_from(overlaps))
+    expected: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: -rows[index][4]):
+        if all(slow_iou(exact[index], exact[other]) <= iou for other in expected):
+            expected.append(index)
+    assert suppress(boxes, scores, labels, iou=iou, max_det=100).tolist() == expected
+    assert suppress(boxes, scores, None, iou=iou, max_det=3).tolist() == expected[:3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
+def test_the_best_are_the_first_of_a_stable_sort(values, data):
+    count = data.draw(st.integers(1, len(values)))
+    expected = sorted(sorted(range(len(values)), key=lambda place: -values[place])[:count])
+    assert np.flatnonzero(best(np.array(values, np.float32), count)).tolist() == expected
+
+
+def test_thirty_thousand_candidates_are_no_matrix():
+    """One box beside the other, so that none goes and every block is looked at; a matrix would take 7 GB."""
+    corner = np.stack(np.meshgrid(np.arange(200.0), np.arange(150.0), indexing="ij"), -1).reshape(-1, 2)
+    boxes, scores = np.concatenate([corner * 10, corner * 10 + 8], 1), np.random.default_rng(0).random(30_000)
+    kept = suppress(boxes, scores, np.zeros(30_000, np.int64), iou=0.5, max_det=1000)
+    assert np.array_equal(kept, np.argsort(-scores, kind="stable")[:1000])
 
 
 @pytest.mark.parametrize("max_det", [40, 4 * BLOCK])

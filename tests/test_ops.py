@@ -51,6 +51,7 @@ EXAMPLES = {
         "[-1, 1, BottleneckCSP, [16, {concat_act: leaky}]]",
     ],
     "BottleneckCSP2": ["[-1, 1, BottleneckCSP2, [12]]", "[-1, 3, BottleneckCSP2, [8, True, 2]]"],
+    "C2f": ["[-1, 1, C2f, [12]]", "[-1, 2, C2f, [16, True, 4, 0.75]]"],
     "C3": ["[-1, 1, C3, [12]]", "[-1, 2, C3, [16, False, 4, 0.75]]"],
     "C3Ghost": ["[-1, 1, C3Ghost, [8]]", "[-1, 2, C3Ghost, [16, 0.25]]"],
     "C3TR": ["[-1, 1, C3TR, [8]]", "[-1, 2, C3TR, [16, 0.25]]"],
@@ -74,6 +75,12 @@ EXAMPLES = {
     ],
     "nn.ZeroPad2d": ["[-1, 1, nn.ZeroPad2d, [[1, 0, 0, 1]]]", "[-1, 1, nn.ZeroPad2d, [[1, 2, 2, 1]]]"],
     "Detect": ["[[0, 1], 1, Detect, [nc, anchors]]"],
+    "DFLDetect": ["[[0, 1], 1, DFLDetect, [nc]]", "[[0, 1], 1, DFLDetect, [nc, 4, {act: relu}]]"],
+}
+HEADS = {  # what a head gives for the images before rows and columns, and for a cell
+    "[[0, 1], 1, Detect, [nc, anchors]]": ((2,), 5 + 3),
+    "[[0, 1], 1, DFLDetect, [nc]]": ((), 4 * 16 + 3),
+    "[[0, 1], 1, DFLDetect, [nc, 4, {act: relu}]]": ((), 4 * 4 + 3),
 }
 # What leads back to size // stride where a row gives more or less: only pooling and padding know such a map.
 EVENED = {
@@ -94,8 +101,7 @@ OPTIONS = {
 
 def spec_with(row: str) -> ModelSpec:
     """A model whose row 2 is `row`."""
-    is_head = row.split(", ")[-1].startswith("anchors")
-    rest = "" if is_head else f"{EVENED.get(row, '')}  - [-1, 1, Detect, [nc, anchors]]\n"
+    rest = "" if row in HEADS else f"{EVENED.get(row, '')}  - [-1, 1, Detect, [nc, anchors]]\n"
     return parse_text(f"{FRONT}  - {row}\n{rest}")
 
 
@@ -154,7 +160,8 @@ def test_declared_shape_is_the_real_shape(row):
     y = held[ROW]
     if node.op.is_head:
         assert node.output.kind == "maps"
-        assert [level.shape for level in y] == [(2, 2, 64 // s.stride, 96 // s.stride, 8) for s in node.inputs]
+        before, last = HEADS[row]
+        assert [x.shape for x in y] == [(2, *before, 64 // s.stride, 96 // s.stride, last) for s in node.inputs]
     else:
         shape = node.output
         assert y.shape == (2, shape.channels, *(size // shape.stride + shape.margin for size in (64, 96)))
@@ -185,10 +192,23 @@ def test_every_option_is_the_plain_op_with_the_same_weights(row, supernet):
 
 
 def test_each_op_that_has_a_kernel_or_an_activation_may_leave_it_open():
-    for name, op in OPS.items():
+    blocks = {name: op for name, op in OPS.items() if not op.is_head}
+    for name, op in blocks.items():
         for argument in OPTIONS.keys() & op.parameters.keys():
             assert op.may_choose(argument), f"{name}: {argument} is not written as Kernel, Act or Count"
-    assert {spec_with(row).layers[ROW].op for row in OPEN} >= {n for n, op in OPS.items() if "act" in op.parameters}
+    assert {spec_with(row).layers[ROW].op for row in OPEN} >= {n for n, op in blocks.items() if "act" in op.parameters}
+
+
+def test_a_head_has_no_choices():
+    for argument in ("act: {choice: [relu, silu]}", "bins: {choice: [8, 16]}"):
+        row = f"[[0, 1], 1, DFLDetect, [nc, {{{argument}}}]]"
+        with pytest.raises(Fault) as fault:
+            resolve(parse_text(f"{FRONT}  - {row}\n"))
+        value = argument.replace(": ", "=", 1)
+        assert str(fault.value) == (
+            f"<text>:7:5 layer 2 {row}: DFLDetect(num_classes, bins=16, *, act=silu): a head has no choices, the rows "
+            f"before it may; got {value}"
+        )
 
 
 def test_an_option_is_the_same_whichever_is_active():

@@ -527,7 +527,7 @@ def test_the_command_of_a_search_sets_what_is_not_at_its_default(folder: Path) -
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert " ".join(changed(config, SearchConfig.model_fields, ("exist_ok",))) == (
         "--cfg cfg/models/tiny-seed-search.yaml --data datasets/shapes/data.yaml --epochs 30 --batch-size 8 "
-        "--imgsz 160 --no-cache --mosaic 0.0 --budget macs=205M --budget latency_ms=31"
+        "--imgsz 160 --cache off --mosaic 0.0 --budget macs=205M --budget latency_ms=31"
     )
 
 

@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from data.structures import Fault
+from engine import measure, plan
 from engine import train as training
 from engine.config import TrainConfig, train_config
 from engine.optim import averaged, choose_optimizer, lr_factor, make_optimizer, parameter_groups, warmup_length
@@ -84,11 +85,16 @@ def options(place: Path, tmp_path: Path) -> dict[str, Any]:
         "imgsz": 64,
         "device": "cpu",
         "project": tmp_path / "runs",
+        "noplots": True,
     }
 
 
 def arguments(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    """The options on a command line; of those that are on, only the name."""
+    words: list[str] = []
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def tensors(value: Any, name: str = "") -> dict[str, Any]:
@@ -152,15 +158,11 @@ def kill_before(monkeypatch: pytest.MonkeyPatch, name: str, call: int, module: A
 
 
 def test_a_run_leaves_all_that_it_promises(whole: Path) -> None:
-    found = {path.name for path in whole.iterdir()}
+    found = {path.name for path in whole.iterdir() if not path.name.startswith("events.out.tfevents.")}
     assert found == {
-        "best.pt",
-        "last.pt",
-        "results.csv",
-        "results.png",
-        "config.yaml",
-        "model.yaml",
-        "train_batch0.jpg",
+        *("best.pt", "last.pt", "results.csv", "config.yaml", "model.yaml", "environment.yaml"),
+        *("train_batch0.jpg", "train_batch1.jpg", "train_batch2.jpg", "labels.png", "results.png"),
+        *("PR_curve.png", "F1_curve.png", "confusion_matrix.png", "worst.jpg"),
     }
     rows = read_csv(whole / "results.csv")
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
@@ -264,6 +266,8 @@ def test_control_c_says_how_to_go_on(
 def test_a_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (whole / "last.pt").read_bytes()
     assert main(["--resume", str(whole)]) == 2
+    assert capsys.readouterr().err == f"{whole}: all 4 epochs are done; --epochs 8 would train on\n"
+    assert main(["--resume", str(whole), "--epochs", "3"]) == 2
     assert "all 4 epochs are done" in capsys.readouterr().err
     assert (whole / "last.pt").read_bytes() == before
 
@@ -274,8 +278,9 @@ def test_a_resumed_run_keeps_its_options(
     assert main(["--resume", str(whole), "--lr0", "0.1", "--batch-size", "8"]) == 2
     assert "--batch-size, --lr0: cannot change" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path / "nothing")]) == 2
-    assert main(["--resume", str(whole / "best.pt"), "--epochs", "5"]) == 2
     assert "no " in capsys.readouterr().err
+    assert main(["--resume", str(whole / "best.pt"), "--seed", "5", "--freeze", "2", "--mixup", "1"]) == 2
+    assert "--freeze, --mixup, --seed: cannot change" in capsys.readouterr().err
 
 
 def test_a_resumed_run_wants_its_data(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,8 +359,8 @@ def test_a_file_of_options_gives_way_to_the_command_line(tmp_path: Path, monkeyp
     seen: list[TrainConfig] = []
     monkeypatch.setattr(training, "train", seen.append)
     (tmp_path / "hyp.yaml").write_text("lr0: 0.5\nmosaic: 0\nepochs: 7\n")
-    assert main(["--hyp", str(tmp_path / "hyp.yaml"), "--epochs", "9", "--no-cache"]) == 0
-    assert (seen[0].lr0, seen[0].mosaic, seen[0].epochs, seen[0].cache) == (0.5, 0.0, 9, False)
+    assert main(["--hyp", str(tmp_path / "hyp.yaml"), "--epochs", "9", "--cache", "off"]) == 0
+    assert (seen[0].lr0, seen[0].mosaic, seen[0].epochs, seen[0].cache) == (0.5, 0.0, 9, "off")
 
 
 # ---- learning ----
@@ -410,7 +415,7 @@ def test_mosaics_close_before_the_end(options: dict[str, Any], monkeypatch: pyte
 
     monkeypatch.setattr(training, "batches", spy)
     train(train_config({**options, "close_mosaic": 2}), progress=False)
-    assert seen[2:] == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)]
+    assert seen[-4:] == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)]
     closing = [training.closing_epochs(TrainConfig(epochs=epochs)) for epochs in (1, 2, 30, 300)]
     assert closing == [0, 1, 3, 10]
 
@@ -433,18 +438,18 @@ def test_sgd_weighs_a_loss_as_the_sum_of_its_nominal_batch(
 
 
 def test_accumulated_batches_step_as_one(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "LARGE_SET", 8)
-    monkeypatch.setattr(training, "NOMINAL_BATCH", 6)
+    monkeypatch.setattr(plan, "LARGE_SET", 8)
+    monkeypatch.setattr(plan, "NOMINAL_BATCH", 6)
     result = train(train_config({**options, "epochs": 1}), progress=False)
     assert read_csv(result.folder / "results.csv")[0]["step"] == "2"  # 8 images: 3 + 3, and the rest
 
 
 def test_bf16_is_taken_where_it_pays(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    choose: Callable[..., tuple[str, str]] = training.choose_amp
+    choose: Callable[..., tuple[str, str]] = measure.choose_amp
     for plain, chosen in ((1.2, "bf16"), (1.1, "off")):
         times = {"off": plain, "bf16": 1.0}
-        monkeypatch.setattr(training, "seconds_a_step", lambda *given, times=times: times[given[3]])
+        monkeypatch.setattr(measure, "seconds_a_step", lambda *given, times=times: times[given[3]])
         assert choose("auto", None, None, cpu, 1000)[0] == chosen
     assert choose("auto", None, None, cpu, 10)[0] == "off"
     assert choose("bf16", None, None, cpu, 10)[0] == "bf16"

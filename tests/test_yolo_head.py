@@ -218,6 +218,30 @@ def test_the_loss_is_that_of_the_slow_loop(count, classes):
     assert not any(part.requires_grad for part in parts.values())
 
 
+def test_the_loss_goes_by_its_options():
+    """Gains multiply a part; with s = 0.2 the class of a box should score 0.9, others 0.1; anchor_t is a limit."""
+    targets, outputs = targets_of([[39, 13.5, 49, 26.5]], [1], [0]), logits()
+    head = a_head()
+    _, parts = head.loss(outputs, targets)
+    head.options |= {"box": 2 * BOX, "obj": 3 * OBJECTNESS, "cls": 5 * CLASS}
+    _, more = head.loss(outputs, targets)
+    for name, times in (("box", 2), ("obj", 3), ("cls", 5)):
+        torch.testing.assert_close(more[name], times * parts[name])
+
+    head = a_head()
+    head.options["label_smoothing"] = 0.2
+    zeros = [torch.zeros_like(level) for level in outputs]
+    assert float(head.loss(zeros, targets)[1]["cls"]) == pytest.approx(float(a_head().loss(zeros, targets)[1]["cls"]))
+    for level in zeros:
+        level[..., 5:] = torch.tensor([-LN3, LN3, 0])  # 1/4, 3/4, 1/2
+    wanted = [0.1 * math.log(4) + 0.9 * math.log(4 / 3), 0.1 * math.log(4) + 0.9 * math.log(4 / 3), math.log(2)]
+    expected = sum(wanted) / 3 * CLASS * 3 / 2 * 20 / 80  # of 10 x 13, one anchor of the fine level
+    assert float(head.loss(zeros, targets)[1]["cls"]) == pytest.approx(expected, rel=1e-5)
+
+    head.options["anchor_t"] = 3.5  # 30 x 20 is three times as wide
+    assert len(head.assign(targets, 0, (8, 12))[4]) == 6 and len(a_head().assign(targets, 0, (8, 12))[4]) == 3
+
+
 def perfect(head: Detect, targets: Targets) -> list[Tensor]:
     """Logits that say what the targets are, in every cell that is asked."""
     outputs = [torch.full_like(level, -20.0) for level in logits()]

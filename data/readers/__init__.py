@@ -1,147 +1,211 @@
 """Labels on disk become `Sample`s: one reader a format, and what they share.
 
 Read `read_split` first. A reader finds an image's label file and turns its text into boxes and labels; what becomes of
-a box without area or outside its image is decided here, once for all formats.
+a box without area or outside its image is decided here, once for all formats. What is wrong is never silent, and does
+not stop a run that can go on: a bad line loses one box, an image that cannot be read loses itself, and each becomes a
+`Problem` with file and line.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
 
-from data.config import SPLITS, DataSpec
-from data.images import SUFFIXES, image_size
-from data.readers import voc, yolo
+from data.config import SPLITS, DataSpec, check_root
+from data.images import image_size
+from data.readers import coco, voc, yolo
+from data.readers.cache import find, inputs_of, keep
+from data.readers.labels import (
+    CLIPPED,
+    CROWD,
+    IMAGE_FILE,
+    LABEL_FILE,
+    NO_AREA,
+    NO_FILE,
+    OUTSIDE,
+    TRAINED,
+    TWICE,
+    Labels,
+    Problem,
+    Split,
+    no_labels,
+)
+from data.readers.listing import list_images
 from data.structures import Fault, Sample, nearest
 
-READERS: dict[str, ModuleType] = {"yolo": yolo, "voc": voc}
-MOST_FAULTS = 20  # lines shown before "... and N more"
-MOST_NAMES = 5  # files named in a note
+READERS: dict[str, ModuleType] = {"yolo": yolo, "voc": voc}  # those with one label file an image
+MOST_FAULTS = 20  # lines of a fault before "... and N more"
+MOST_ALIKE = 5  # notes of one kind; where there are more, three of them and a count
+MOST_NAMES = 5  # files named in a row
 
-Kind = tuple[str, str, str]  # a note's words: one, many, what became of them
-NO_FILE: Kind = ("image", "images", "without a label file, taken as without objects")
-NO_AREA: Kind = ("box", "boxes", "without area dropped")
-OUTSIDE: Kind = ("box", "boxes", "wholly outside the image dropped")
-CLIPPED: Kind = ("box", "boxes", "reaching out of the image by more than a pixel clipped")
-KINDS = (NO_FILE, NO_AREA, OUTSIDE, CLIPPED)
+ReadLabels = Callable[[int, tuple[int, int]], Labels]  # an image's index and size -> what its label file says
 
 
 @dataclass(frozen=True)
-class Split:
-    """A split's samples in the order of its list or, from a folder, of their paths; `notes` are counted warnings."""
+class Listing:
+    """The images of a split, how to read the labels of each, and what else that depends on.
 
-    samples: tuple[Sample, ...]
-    notes: tuple[str, ...]
+    `depends` is the label file of each image; of a JSON, it and the images that it lists and that are not there.
+    """
+
+    images: list[str]
+    read_labels: ReadLabels
+    depends: list[str]
+    problems: list[Problem]
+    category_ids: tuple[int, ...] | None = None
 
 
 def read_split(data: DataSpec, split: str) -> Split:
-    """Reads every label of ``train``, ``val`` or ``test``.
+    """Reads every label of ``train``, ``val`` or ``test``; from the cache where nothing has changed since.
 
-    A box is clipped to its image; one without area or wholly outside is dropped, and a note counts it. An image
-    without a label file has no objects; a note counts these too.
+    A box is clipped to its image; one without area or wholly outside is left out. An image without a label file has no
+    objects. All of this, bad lines and broken images become problems and notes.
 
     Raises:
-        Fault: one line for every wrong label, up to 20.
+        Fault: when nothing can be used: a missing folder, an unreadable list, no image, no label, no good line.
     """
     if split not in SPLITS:
         raise Fault(f"split {split!r} is not known; one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
-    source = getattr(data, split)
-    if source is None:
+    if not data.sources(split):
         raise Fault(f"{data.path}: there is no {split!r} entry; add one, as {split}: images/{split}")
-    if not data.root.is_dir():
-        how = f"get it with: {data.download}" if data.download else "set 'path' to where the data set lies"
-        raise Fault(f"{data.path}: the folder {data.root} does not exist; {how}")
+    check_root(data)
 
-    paths = _image_paths(data, source)
+    listed, missing = ([], []) if data.format == "coco" else list_images(data, split)
+    inputs = inputs_of(data, split, listed)
+    found = find(data, split, inputs)
+    if found is None:
+        started = time.time()
+        listing = _of_json(data, split) if data.format == "coco" else _of_files(data, listed, missing)
+        found = _read(data, split, listing)
+        keep(data, split, inputs, [*listing.images, *listing.depends], found, started)
+    return replace(found, notes=notes_of(data, found.problems))
+
+
+def _of_files(data: DataSpec, images: list[str], problems: list[Problem]) -> Listing:
     reader = READERS[data.format]
+    label_files = [reader.label_path(data, image) for image in images]
+
+    def read_labels(index: int, size: tuple[int, int]) -> Labels:
+        try:
+            return reader.read_labels(Path(label_files[index]), size, data.names)
+        except FileNotFoundError:
+            return no_labels(Problem(NO_FILE, images[index], f"there is no label file {label_files[index]}"))
+        except OSError as problem:
+            return no_labels(Problem(LABEL_FILE, label_files[index], f"cannot be read: {problem.strerror}"), lost=True)
+
+    return Listing(images, read_labels, label_files, problems)
+
+
+def _of_json(data: DataSpec, split: str) -> Listing:
+    listing = coco.list_split(data, split)
+    return Listing(listing.images, listing.read_labels, listing.depends, listing.problems, listing.category_ids)
+
+
+def _read(data: DataSpec, split: str, listing: Listing) -> Split:
+    """Reads the size and the labels of every image."""
     samples: list[Sample] = []
-    faults: list[str] = []
-    notes: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
-    for path in tqdm(paths, desc=f"reading {split} labels", unit="image", delay=2, leave=False):
-        label_path = reader.label_path(data, path)
+    problems = list(listing.problems)
+    for index, image in enumerate(tqdm(listing.images, f"reading {split} labels", unit="image", delay=2, leave=False)):
+        path = Path(image)
         try:
             size = image_size(path)
-            boxes, labels = reader.read_labels(label_path, size, data.names)
-        except FileNotFoundError:
-            notes[NO_FILE].append(path.name)
-            samples.append(Sample(path, np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)))
-            continue
         except Fault as fault:
-            faults.extend(fault.lines)
+            problems.append(Problem(IMAGE_FILE, image, str(fault).removeprefix(f"{image}: ")))
             continue
-        samples.append(_sample(path, boxes, labels, size, label_path.name, notes))
-    if faults:
-        raise Fault(*_first(faults))
-    if len(notes[NO_FILE]) == len(paths):
+        except OSError as problem:
+            problems.append(Problem(IMAGE_FILE, image, f"cannot be read: {problem.strerror}"))
+            continue
+        labels = listing.read_labels(index, size)
+        problems += labels.problems
+        if not labels.lost:
+            samples.append(_sample(path, labels, size, problems))
+    _check_useful(data, split, listing, samples, problems)
+    return Split(tuple(samples), (), listing.category_ids, tuple(problems))
+
+
+def _sample(path: Path, found: Labels, size: tuple[int, int], problems: list[Problem]) -> Sample:
+    """Clips boxes ``[M, 4]`` to the image and leaves out those of which nothing is left, or that stand there twice."""
+    clipped = found.boxes.clip(0, np.array([*size, *size]))
+    kept: np.ndarray = np.all(clipped[:, 2:] > clipped[:, :2], axis=1)
+    moved = np.abs(clipped - found.boxes).max(axis=1, initial=0)
+    for index in np.flatnonzero(~kept | (moved > 1)).tolist():
+        x1, y1, x2, y2 = found.boxes[index].tolist()
+        box = f"the box from {x1:g}, {y1:g} to {x2:g}, {y2:g}"
+        if kept[index]:
+            kind, text = CLIPPED, f"{box} reaches out of the image of {size[0]}x{size[1]} pixels"
+        elif x2 > x1 and y2 > y1:
+            kind, text = OUTSIDE, f"{box} is wholly outside the image of {size[0]}x{size[1]} pixels"
+        else:
+            kind, text = NO_AREA, f"{box} has no area"
+        problems.append(Problem(kind, found.where(index), text))
+    first: dict[tuple[float, ...], int] = {}
+    rows = zip(found.uses.tolist(), found.labels.tolist(), *found.boxes.T.tolist(), strict=True)
+    for index, row in enumerate(rows):
+        if kept[index] and row[0] != CROWD and first.setdefault(row, index) != index:
+            kept[index] = False
+            text = f"the same box of the same class as at {found.where(first[row])}"
+            problems.append(Problem(TWICE, found.where(index), text))
+    boxes = clipped.astype(np.float32)
+    trained, ignored = kept & (found.uses == TRAINED), kept & (found.uses != TRAINED)
+    return Sample(
+        path,
+        boxes[trained],
+        found.labels[trained],
+        None if found.areas is None else found.areas[trained],
+        boxes[ignored],
+        found.labels[ignored],
+        found.uses[ignored] == CROWD,
+        found.image_id,
+    )
+
+
+def _check_useful(
+    data: DataSpec, split: str, listing: Listing, samples: Sequence[Sample], problems: Sequence[Problem]
+) -> None:
+    """Raises a Fault where nothing of a split can be used."""
+    bad = [problem for problem in problems if not problem.kind.harmless]
+    bare = [problem for problem in problems if problem.kind is NO_FILE]
+    if samples and len(bare) == len(samples):
         raise Fault(
-            f"{data.path}: {split}: not one of the {len(paths)} images has a label file; "
-            f"the first was looked for at {reader.label_path(data, paths[0])}"
+            f"{data.path}: {split}: not one of the {len(samples)} images has a label file; "
+            f"the first was looked for at {listing.depends[listing.images.index(bare[0].where)]}"
         )
-    return Split(tuple(samples), tuple(_note(kind, files) for kind, files in notes.items() if files))
+    if not samples and not bad:
+        raise Fault(f"{data.path}: {split}: there is no image")
+    if bad and not any(len(sample.labels) or len(sample.ignored_labels) for sample in samples):
+        lines = [str(problem) for problem in bad]
+        more = len(lines) - MOST_FAULTS
+        raise Fault(
+            f"{data.path}: {split}: nothing can be used",
+            *lines[:MOST_FAULTS],
+            *([f"... and {more} more"] if more > 0 else []),
+        )
 
 
-def _sample(
-    path: Path,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    size: tuple[int, int],
-    label_file: str,
-    notes: dict[Kind, list[str]],
-) -> Sample:
-    """Clips boxes ``[M, 4]`` to the image, drops those of which nothing is left, and takes note."""
-    clipped = boxes.clip(0, np.array([*size, *size]))
-    had_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    kept = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-    moved = kept & (np.abs(clipped - boxes) > 1).any(axis=1)
-    notes[NO_AREA] += [label_file] * int((~had_area).sum())
-    notes[OUTSIDE] += [label_file] * int((had_area & ~kept).sum())
-    notes[CLIPPED] += [label_file] * int(moved.sum())
-    return Sample(path, clipped[kept].astype(np.float32), labels[kept])
-
-
-def _note(kind: Kind, files: Sequence[str]) -> str:
-    """``"2 boxes without area dropped: a.xml, b.xml"``."""
-    one, many, what = kind
-    return f"{len(files)} {one if len(files) == 1 else many} {what}: {some(files)}"
+def notes_of(data: DataSpec, problems: Sequence[Problem]) -> tuple[str, ...]:
+    """A line for every problem; of many of one kind the first three, and how many more there are."""
+    alike: dict[str, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(problem.kind.title, []).append(problem)
+    notes: list[str] = []
+    for title, found in alike.items():
+        shown = len(found) if len(found) <= MOST_ALIKE else MOST_ALIKE - 2
+        notes += map(str, found[:shown])
+        if found[shown:]:
+            notes.append(
+                f"... and {len(found) - shown:,} more {title} ({found[0].kind.outcome}); "
+                f"python -m data check {data.path} lists all"
+            )
+    return tuple(notes)
 
 
 def some(names: Sequence[str], most: int = MOST_NAMES) -> str:
     """The first few different names, and dots where there are more."""
     different = list(dict.fromkeys(names))
     return ", ".join([*different[:most], *(["..."] if len(different) > most else [])])
-
-
-def _first(lines: Sequence[str]) -> list[str]:
-    more = len(lines) - MOST_FAULTS
-    return [*lines[:MOST_FAULTS], *([f"... and {more} more"] if more > 0 else [])]
-
-
-def _image_paths(data: DataSpec, source: str) -> list[Path]:
-    location = Path(os.path.abspath(data.root / Path(source).expanduser()))
-    if location.is_dir():
-        paths = sorted(path for path in location.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise Fault(f"{data.path}: there is no image in {location}; images end in {', '.join(SUFFIXES)}")
-        return paths
-    if location.suffix != ".txt" or not location.is_file():
-        raise Fault(f"{data.path}: {location} does not exist; a folder of images or a .txt list of images is right")
-    lines = [line.strip() for line in location.read_text(encoding="utf-8").splitlines()]
-    entries = [(number, line) for number, line in enumerate(lines, 1) if line]
-    if not entries:
-        raise Fault(f"{location}: the list is empty; one image a line is right")
-    if data.images is not None:
-        folder = data.root / data.images
-        by_id = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES}
-        found = [(number, by_id.get(line, folder / line)) for number, line in entries]
-    else:
-        found = [(number, Path(os.path.abspath(location.parent / line))) for number, line in entries]
-    missing = [f"{location}:{number}: there is no image {path}" for number, path in found if not path.is_file()]
-    if missing:
-        raise Fault(*_first(missing))
-    return [path for _, path in found]

@@ -2,71 +2,90 @@
 
 Coordinates are taken as they are written: ``xmin ymin xmax ymax`` become ``x1 y1 x2 y2``. The original VOC files count
 pixels from 1, today's tools (labelImg and others) write 0-based edges, and nothing in a file says which; the
-difference is at most a pixel. Objects marked ``difficult`` count like any other. The image's own size counts; the one
-in the xml is not read, for it is often 0x0.
+difference is at most a pixel. Objects marked ``difficult`` are no training targets, and evaluation ignores them. The
+image's own size counts; the one in the xml is not read, for it is often 0x0.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from xml.parsers import expat
 
-import numpy as np
-
 from data.config import DataSpec
+from data.readers.labels import (
+    DIFFICULT,
+    LABEL_FILE,
+    TRAINED,
+    UNKNOWN_CLASS,
+    WRONG_LINE,
+    Labels,
+    Problem,
+    labels_of,
+    no_labels,
+)
 from data.structures import Fault, nearest
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+SUFFIX = ".xml"
 
 
-def label_path(data: DataSpec, image: Path) -> Path:
+def label_path(data: DataSpec, image: str) -> str:
     """In the YAML's ``annotations`` folder under the image's name; without that entry, beside the image."""
     if data.annotations is None:
-        return image.with_suffix(".xml")
-    return data.root / data.annotations / f"{image.stem}.xml"
+        return os.path.splitext(image)[0] + SUFFIX
+    return os.path.join(data.root, data.annotations, os.path.splitext(os.path.basename(image))[0] + SUFFIX)
 
 
-def read_labels(path: Path, size: tuple[int, int], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes ``[M, 4]`` float64 xyxy in pixels, not yet clipped, and labels ``[M]`` int64.
+def read_labels(path: Path, size: tuple[int, int], names: Sequence[str]) -> Labels:
+    """Boxes in pixels, not yet clipped; an object that is no box becomes a problem.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        Fault: one line for every wrong object.
     """
     boxes: list[list[float]] = []
     labels: list[int] = []
-    faults: list[str] = []
-    for line, fields in _objects(path):
-        where = f"{path}:{line}"
-        name = fields.get("name", "")
-        if name not in names:
-            known = nearest(name, names) or f"; names are {', '.join(names)}"
-            faults.append(f"{where}: class {name!r} is not among the names of the data YAML{known}")
+    uses: list[int] = []
+    lines: list[int] = []
+    problems: list[Problem] = []
+    objects = _objects(path)
+    if isinstance(objects, Problem):
+        return no_labels(objects, lost=True)
+    for line, fields in objects:
+        problem = _problem(fields, names)
+        if problem:
+            kind = UNKNOWN_CLASS if fields.get("name") not in names else WRONG_LINE
+            problems.append(Problem(kind, f"{path}:{line}", problem))
             continue
-        try:
-            corners = [float(fields[f"bndbox/{corner}"]) for corner in CORNERS]
-        except KeyError as missing:
-            faults.append(f"{where}: the object has no {missing.args[0]}; {', '.join(CORNERS)} are right")
-            continue
-        except ValueError:
-            written = ", ".join(f"{corner} {fields[f'bndbox/{corner}']!r}" for corner in CORNERS)
-            faults.append(f"{where}: {written}: not four numbers; pixels are right")
-            continue
-        if not all(map(math.isfinite, corners)):
-            faults.append(f"{where}: the box is {corners}; finite pixels are right")
-        elif corners[0] > corners[2] or corners[1] > corners[3]:
-            faults.append(f"{where}: the box is {corners}; xmin <= xmax and ymin <= ymax are right")
-        else:
-            boxes.append(corners)
-            labels.append(names.index(name))
-    if faults:
-        raise Fault(*faults)
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(labels, dtype=np.int64)
+        boxes.append([float(fields[f"bndbox/{corner}"]) for corner in CORNERS])
+        labels.append(names.index(fields["name"]))
+        uses.append(DIFFICULT if fields.get("difficult", "").lower() in ("1", "true") else TRAINED)
+        lines.append(line)
+    return labels_of(boxes, labels, uses, lambda index: f"{path}:{lines[index]}", problems)
 
 
-def _objects(path: Path) -> list[tuple[int, dict[str, str]]]:
+def _problem(fields: dict[str, str], names: Sequence[str]) -> str | None:
+    name = fields.get("name", "")
+    if name not in names:
+        known = nearest(name, names) or f"; names are {', '.join(names)}"
+        return f"class {name!r} is not among the names of the data YAML{known}"
+    try:
+        corners = [float(fields[f"bndbox/{corner}"]) for corner in CORNERS]
+    except KeyError as missing:
+        return f"the object has no {missing.args[0]}; {', '.join(CORNERS)} are right"
+    except ValueError:
+        written = ", ".join(f"{corner} {fields[f'bndbox/{corner}']!r}" for corner in CORNERS)
+        return f"{written}: not four numbers; pixels are right"
+    if not all(map(math.isfinite, corners)):
+        return f"the box is {corners}; finite pixels are right"
+    if corners[0] > corners[2] or corners[1] > corners[3]:
+        return f"the box is {corners}; xmin <= xmax and ymin <= ymax are right"
+    return None
+
+
+def _objects(path: Path) -> list[tuple[int, dict[str, str]]] | Problem:
     """Every ``<object>``: the line that it starts in, and its texts by path, as ``bndbox/xmin``.
 
     expat itself and no tree on top of it: it knows the line, and a DOCTYPE is refused before any entity is defined.
@@ -89,7 +108,7 @@ def _objects(path: Path) -> list[tuple[int, dict[str, str]]]:
         text.clear()
 
     def doctype(*_: object) -> None:
-        raise Fault(f"{path}:{parser.CurrentLineNumber}: the xml declares a DOCTYPE; remove it, labels need none")
+        raise Fault("the xml declares a DOCTYPE; remove it, labels need none")
 
     parser.StartElementHandler = start
     parser.EndElementHandler = end
@@ -98,5 +117,8 @@ def _objects(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         parser.Parse(path.read_bytes(), True)
     except expat.ExpatError as problem:
-        raise Fault(f"{path}:{problem.lineno}: not well-formed xml: {expat.ErrorString(problem.code)}") from None
+        what = f"not well-formed xml: {expat.ErrorString(problem.code)}"
+        return Problem(LABEL_FILE, f"{path}:{problem.lineno}", what)
+    except Fault as fault:
+        return Problem(LABEL_FILE, f"{path}:{parser.CurrentLineNumber}", str(fault))
     return objects

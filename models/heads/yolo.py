@@ -43,6 +43,9 @@ def detect_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
 class Detect(nn.Module):
     """Boxes, objectness and classes from anchors on every level.
 
+    `options` are what its loss goes by, under yolov5's names: the gains, the largest ratio of a box to its anchor
+    (``anchor_t``), and s of ``label_smoothing``: a class should score 1 - s / 2, all others s / 2.
+
     Shape: ``[[N, C_i, H_i, W_i], ...] -> [[N, A, H_i, W_i, K], ...]``, logits.
     """
 
@@ -51,6 +54,7 @@ class Detect(nn.Module):
     def __init__(self, inputs: Sequence[Shape], num_classes: int, anchors: Anchors) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.options = {"box": BOX, "obj": OBJECTNESS, "cls": CLASS, "anchor_t": LARGEST_RATIO, "label_smoothing": 0.0}
         self.strides = tuple(shape.stride for shape in inputs)
         self.fitted = not isinstance(anchors, int)
         self.num_anchors = anchors if isinstance(anchors, int) else len(anchors[0]) // 2
@@ -111,14 +115,15 @@ class Detect(nn.Module):
                 goal.view(-1).scatter_reduce_(0, cell, iou.detach(), "amax")  # where boxes share a cell, the best stays
                 if self.num_classes > 1:
                     truth = F.one_hot(targets.labels[found], self.num_classes).to(picked.dtype)
+                    truth = truth * (1 - self.options["label_smoothing"]) + self.options["label_smoothing"] / 2
                     classes = classes + F.binary_cross_entropy_with_logits(picked[:, 5:], truth)
             objectness = objectness + balance[level] * F.binary_cross_entropy_with_logits(logits[..., 4], goal)
         # The gains belong to 3 levels, 80 classes and 640 pixels; fewer cells or classes weigh less.
         pixels = outputs[0].shape[2] * outputs[0].shape[3] * self.strides[0] ** 2
         share = 3 / levels
-        box = box * BOX * share
-        objectness = objectness * OBJECTNESS * share * pixels / 640**2
-        classes = classes * CLASS * share * max(self.num_classes, FEWEST_CLASSES) / 80
+        box = box * self.options["box"] * share
+        objectness = objectness * self.options["obj"] * share * pixels / 640**2
+        classes = classes * self.options["cls"] * share * max(self.num_classes, FEWEST_CLASSES) / 80
         parts = {"box": box.detach(), "obj": objectness.detach(), "cls": classes.detach()}
         return box + objectness + classes, parts
 
@@ -132,7 +137,7 @@ class Detect(nn.Module):
         size = boxes[:, 2:] - boxes[:, :2]
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
         ratio = size[None] / (self.anchors[level] / stride)[:, None]  # [A, M, 2]
-        near = torch.maximum(ratio, 1 / ratio.clamp(min=1e-9)).amax(dim=-1) < LARGEST_RATIO
+        near = torch.maximum(ratio, 1 / ratio.clamp(min=1e-9)).amax(dim=-1) < self.options["anchor_t"]
         anchor, found = near.nonzero(as_tuple=True)
         cell = centre[found].floor().long()
         inside = centre[found] - cell  # [P, 2] in [0, 1)

@@ -2,8 +2,9 @@
 
 BottleneckCSP and BottleneckCSP2 follow ScaledYOLOv4 (arXiv 2011.08036): a plain convolution ends one branch, another is
 the second branch, and one batch norm and activation work on their concatenation. C3 is what yolov5 made of the first
-since its v4.0: three blocks of convolution, norm and activation, and nothing after the concatenation. VoVCSP is the
-one-shot aggregation of VoVNet (arXiv 1904.09730) on half of the channels.
+since its v4.0: three blocks of convolution, norm and activation, and nothing after the concatenation. C2f is YOLOv8's:
+what every bottleneck gives goes into the last convolution, as in ELAN (arXiv 2211.04800). VoVCSP is the one-shot
+aggregation of VoVNet (arXiv 1904.09730) on half of the channels.
 
 Kernel and activation may differ from bottleneck to bottleneck; the rest of a block has the first one's activation.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ops.conv import Conv
+from models.ops.dense import DenseReader, dense
 from models.ops.primitives import (
     DEFAULT,
     Act,
@@ -34,6 +36,7 @@ from models.ops.primitives import (
     repeat,
 )
 from models.registry import Shape, one_to_one, register_op
+from models.spec import Choice
 
 
 def hidden_channels(args: Mapping[str, Any], channels: int) -> int:
@@ -82,9 +85,33 @@ class Bottleneck(nn.Module):
         self.cv2 = Conv(hidden, c_out, kernel, groups=groups, act=act)
         self.add = shortcut and c_in == c_out
         if self.add:
-            for child in self.cv2.modules():
-                if isinstance(child, nn.BatchNorm2d):
-                    nn.init.zeros_(child.weight)
+            start_as_nothing(self.cv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cv2(self.cv1(x))
+        return x + y if self.add else y
+
+
+def start_as_nothing(block: nn.Module) -> None:
+    """Scales of 0 in all norms of the last part of a residual branch."""
+    for child in block.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.zeros_(child.weight)
+
+
+class ConvPair(nn.Module):
+    """The bottleneck of `C2f`, which narrows nothing: `kernel` x `kernel` twice, added to the input where asked for.
+
+    Shape: ``[N, channels, H, W]``, unchanged.
+    """
+
+    def __init__(self, channels: int, shortcut: bool, groups: int, kernel: Kernel, act: Act) -> None:
+        super().__init__()
+        self.cv1 = Conv(channels, channels, kernel, act=act)
+        self.cv2 = Conv(channels, channels, kernel, groups=groups, act=act)
+        self.add = shortcut
+        if self.add:
+            start_as_nothing(self.cv2)  # as in `Bottleneck`
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv2(self.cv1(x))
@@ -203,6 +230,40 @@ class C3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))
+
+
+@register_op(infer=csp_shape)
+class C2f(nn.Module):
+    """Cross-stage-partial block of YOLOv8: half the channels through `number` bottlenecks; all that each of them gives
+    goes into the last 1x1 `Conv`, beside both halves.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: Width,
+        number: Count = 1,
+        shortcut: bool = False,
+        groups: Width = 1,
+        expansion: Fraction = 0.5,
+        *,
+        kernel: Kernels = 3,
+        act: Acts = DEFAULT,
+    ) -> None:
+        super().__init__()
+        first = each(act, 0)
+        hidden = int(c_out * expansion)
+        most = max(number.options) if isinstance(number, Choice) else number
+        self.cv1 = Conv(c_in, 2 * hidden, 1, act=first)
+        self.cv2 = Conv((2 + most) * hidden, c_out, 1, act=first)
+        if isinstance(number, Choice):
+            self.cv2.conv = DenseReader(hidden, c_out, number)
+        self.m = dense(number, lambda index: ConvPair(hidden, shortcut, groups, each(kernel, index), each(act, index)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv2(self.m(self.cv1(x)))
 
 
 def vovcsp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:

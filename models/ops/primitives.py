@@ -45,7 +45,8 @@ Fraction = Annotated[float, Field(gt=0, le=8)]
 PlainKernel = Annotated[int, Field(ge=1, le=63)]
 Kernel = PlainKernel | Choice
 Kernels = Kernel | PerBottleneck
-Act = Annotated[str, AfterValidator(_known_activation)] | Choice
+PlainAct = Annotated[str, AfterValidator(_known_activation)]
+Act = PlainAct | Choice
 Acts = Act | PerBottleneck
 Count = Annotated[int, Field(ge=1, le=1000)] | Choice
 DEFAULT = "silu"  # replaced by the model file's `activation:` where an op's row names none

@@ -1,0 +1,145 @@
+"""What a label file says about one image, and every kind of thing that can be wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.structures import Sample
+
+TRAINED, DIFFICULT, CROWD = 0, 1, 2  # what an object is for: training sees only the first
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem: its heading in a report, and what becomes of the box or image that has it."""
+
+    title: str
+    outcome: str
+    harmless: bool = False  # nothing is lost by it
+
+
+WRONG_LINE = Kind("lines that are no box", "box left out")
+UNKNOWN_CLASS = Kind("classes that are not known", "box left out")
+NO_AREA = Kind("boxes without area", "box left out")
+OUTSIDE = Kind("boxes wholly outside their image", "box left out")
+TWICE = Kind("boxes given twice", "box left out")
+UNKNOWN_IMAGE = Kind("labels of an image that is not listed", "label left out")
+CLIPPED = Kind("boxes reaching out of their image", "box clipped", harmless=True)
+LABEL_FILE = Kind("label files that cannot be read", "image left out")
+IMAGE_FILE = Kind("images that cannot be read", "image left out")
+MISSING_IMAGE = Kind("images that are not there", "image left out")
+UNLISTED = Kind("images that the JSON does not list", "image left out")
+IMAGE_TWICE = Kind("images listed twice", "the first counts")
+OTHER_SIZE = Kind("images of another size than their labels say", "the file counts", harmless=True)
+NO_FILE = Kind("images without a label file", "taken as without objects", harmless=True)
+KINDS = {
+    kind.title: kind
+    for kind in (
+        WRONG_LINE,
+        UNKNOWN_CLASS,
+        NO_AREA,
+        OUTSIDE,
+        TWICE,
+        UNKNOWN_IMAGE,
+        CLIPPED,
+        LABEL_FILE,
+        IMAGE_FILE,
+        MISSING_IMAGE,
+        UNLISTED,
+        IMAGE_TWICE,
+        OTHER_SIZE,
+        NO_FILE,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, as ``file:line``, what was found, and what would be right."""
+
+    kind: Kind
+    where: str
+    text: str
+
+    @property
+    def file(self) -> str:
+        """`where` without the line."""
+        file, _, line = self.where.rpartition(":")
+        return file if line.isdecimal() else self.where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text} ({self.kind.outcome})"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split's samples in the order of its list or, from a folder, of their paths.
+
+    Attributes:
+        notes: what is wrong, in as many lines as a run can show; each names file and line.
+        category_ids: COCO's ids of the classes, in the order of their names, where the format has them.
+        problems: everything that is wrong.
+    """
+
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...]
+    category_ids: tuple[int, ...] | None = None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The objects of one image as its label file has them, not yet clipped to the image.
+
+    Attributes:
+        boxes: ``[M, 4]`` float64 xyxy in pixels.
+        labels: ``[M]`` int64.
+        uses: ``[M]`` uint8, each TRAINED, DIFFICULT or CROWD.
+        where: ``file:line`` of an object; a function, for few are ever asked for.
+        problems: the objects that could not be read, and the like.
+        areas: ``[M]`` float64, or None where the format has none.
+        image_id: COCO's.
+        lost: whether the label file is so broken that the image is left out: without its labels it would be taken as
+            one without objects.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    uses: np.ndarray
+    where: Callable[[int], str]
+    problems: tuple[Problem, ...] = ()
+    areas: np.ndarray | None = None
+    image_id: int | None = None
+    lost: bool = False
+
+
+def labels_of(
+    boxes: list[list[float]],
+    labels: list[int],
+    uses: list[int],
+    where: Callable[[int], str],
+    problems: list[Problem],
+    areas: list[float] | None = None,
+    image_id: int | None = None,
+) -> Labels:
+    """From plain lists."""
+    return Labels(
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        np.array(uses, dtype=np.uint8),
+        where,
+        tuple(problems),
+        None if areas is None else np.array(areas, dtype=np.float64),
+        image_id,
+    )
+
+
+def no_labels(*problems: Problem, lost: bool = False) -> Labels:
+    """An image without objects, or with a label file that cannot be read."""
+    return Labels(*_EMPTY, lambda _: "", problems, lost=lost)
+
+
+_EMPTY = (np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))

@@ -1,0 +1,289 @@
+"""What detection leaves in its folder: pictures, videos, labels, crops and tables.
+
+Whatever ends a run, every file in it is whole: pictures and labels appear when they are complete, a video with the
+frames that it has, and a table is valid after each row. Names of classes and files are strangers' text: they lead to
+no other folder, and a spreadsheet takes none of them for a formula.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from data.structures import Detections, Fault
+from engine.draw import draw_detections, write_image
+from engine.runs import atomically
+from engine.sources import End, Frame, Source, container, write_video
+
+LABELS, CROPS, TABLE, DOCUMENT = "labels", "crops", "predictions.csv", "predictions.json"
+COLUMNS = ("image", "frame", "class", "label", "score", "x1", "y1", "x2", "y2")
+FORMULA = tuple("=+-@\t\r\n")  # what a spreadsheet takes for the start of a formula, or skips before one
+LONGEST = 80  # letters of a class in a folder's name
+
+Write = Callable[[Frame | End, Detections | None], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which results a run leaves, and how its pictures look; the fields are the options of detect.py."""
+
+    pictures: bool = True
+    txt: bool = False
+    conf: bool = False
+    json: bool = False
+    csv: bool = False
+    crops: bool = False
+    line_thickness: int = 0
+    hide_labels: bool = False
+    hide_conf: bool = False
+    fourcc: str = "mp4v"
+    vid_stride: int = 1
+
+
+@contextmanager
+def write_results(
+    folder: Path,
+    names: Sequence[str],
+    wanted: Wanted,
+    tell: Callable[[Source, Fault], None],
+    view: Callable[[Source, np.ndarray], None] | None = None,
+) -> Iterator[Write]:
+    """``write(frame, its detections)`` for each picture, ``write(end, None)`` behind the last one of a source.
+
+    ``tell`` hears what was wrong with a source; the next ones are written all the same. ``view`` gets each picture with
+    its boxes. An OSError, such as that of a full disk, goes on to the caller: after it nothing more can be written.
+    """
+    given_up: set[Source] = set()
+    video = ExitStack()
+    target: Path | None = None
+    write_frame: Callable[[np.ndarray], None] | None = None
+
+    def file_for(source: Source, name: str) -> Path:
+        path = folder / name
+        if source.kind in ("image", "video") and path.resolve() == Path(source.place).resolve():
+            raise Fault(f"{source.place}: the result would replace it; give another --project or --name")
+        return path
+
+    def keep(frame: Frame, picture: np.ndarray) -> None:
+        nonlocal target, write_frame
+        if not frame.source.moves:
+            suffix = Path(frame.source.place).suffix or ".jpg"
+            path = file_for(frame.source, frame.source.stem + suffix)
+            with naming(path):
+                write_image(path, picture)
+            return
+        if write_frame is None:
+            target = file_for(frame.source, frame.source.stem + container(wanted.fourcc))
+            write_frame = video.enter_context(write_video(target, wanted.fourcc, frame.fps / wanted.vid_stride))
+        write_frame(picture)
+
+    def close_video(source: Source) -> None:
+        nonlocal target, write_frame
+        try:
+            video.close()
+        except Fault as fault:
+            tell(source, fault)
+        target, write_frame = None, None
+
+    with ExitStack() as tables:
+        write_csv = tables.enter_context(growing(folder / TABLE, _csv([COLUMNS]))) if wanted.csv else None
+        write_json = tables.enter_context(growing_list(folder / DOCUMENT)) if wanted.json else None
+
+        def write(item: Frame | End, found: Detections | None) -> None:
+            if isinstance(item, End):
+                part = f"; the part before is in {target}" if target else ""
+                close_video(item.source)
+                if item.fault:
+                    tell(item.source, Fault(*item.fault.lines[:-1], item.fault.lines[-1] + part))
+                return
+            assert found is not None
+            if wanted.txt:  # a file for every picture: an empty one says that nothing was found
+                path = folder / LABELS / f"{item.name}.txt"
+                with naming(path), atomically(path) as temporary:
+                    temporary.write_text(yolo_lines(found, *item.image.shape[:2], scores=wanted.conf))
+            if write_csv:
+                write_csv(_csv(csv_rows(item, found, names)))
+            if write_json:
+                write_json(json.dumps(json_row(item, found, names)))
+            if wanted.crops:
+                write_crops(folder / CROPS, item, found, names)
+            if not wanted.pictures and view is None:
+                return
+            picture = draw_detections(
+                item.image,
+                found,
+                names,
+                wanted.line_thickness,
+                show_labels=not wanted.hide_labels,
+                show_scores=not wanted.hide_conf,
+            )
+            if wanted.pictures and item.source not in given_up:
+                try:
+                    keep(item, picture)
+                except Fault as fault:
+                    given_up.add(item.source)
+                    tell(item.source, fault)
+                    close_video(item.source)
+            if view:
+                view(item.source, picture)
+
+        try:
+            yield write
+        finally:
+            if target is not None:
+                video.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of a write does not say which file it was about; here it does."""
+    try:
+        yield
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, str(path)) from None
+
+
+# ---- files that are whole after every row
+
+
+@contextmanager
+def growing(path: Path, head: str = "", tail: str = "") -> Iterator[Callable[[str], None]]:
+    """``append(text)`` to a file that is ``head``, all texts so far, ``tail`` after every call.
+
+    What a full disk cuts off is taken back before its OSError goes on.
+    """
+    end = 0
+    closing = tail.encode()
+    with open(path, "wb", buffering=0) as file:
+
+        def put(data: bytes) -> None:
+            file.seek(end)
+            while data:
+                data = data[file.write(data) :]
+
+        def append(text: str) -> None:
+            nonlocal end
+            data = text.encode("utf-8", "backslashreplace")
+            with naming(path):
+                try:
+                    put(data + closing)
+                except OSError:
+                    put(closing)  # over what was there before: this needs no room
+                    file.truncate(end + len(closing))
+                    raise
+            end += len(data)
+
+        append(head)
+        yield append
+
+
+@contextmanager
+def growing_list(path: Path) -> Iterator[Callable[[str], None]]:
+    """``append(row)``: the file is a JSON list of all rows so far after every call."""
+    with growing(path, "[", "\n]\n") as append:
+        comma = ""
+
+        def append_row(row: str) -> None:
+            nonlocal comma
+            append(f"{comma}\n{row}")
+            comma = ","
+
+        yield append_row
+
+
+# ---- what is in a row
+
+
+def yolo_lines(found: Detections, height: int, width: int, *, scores: bool = False) -> str:
+    """One line a detection: ``class cx cy w h [score]``, the four in 0 to 1 of the image's width and height."""
+    lines = []
+    for (x1, y1, x2, y2), score, label in rows(found):
+        shares = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+        lines.append(" ".join([str(label), *(f"{v:.6f}" for v in (*shares, *([score] if scores else [])))]))
+    return "".join(line + "\n" for line in lines)
+
+
+def rows(found: Detections) -> Iterator[tuple[list[float], float, int]]:
+    """Box, score and label of each detection as plain numbers."""
+    return zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+
+
+def csv_rows(frame: Frame, found: Detections, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """A row of `COLUMNS` a detection; boxes in pixels of the image, ``frame`` empty for an image."""
+    image, number = cell(Path(frame.source.shown).name or frame.source.shown), frame.number or ""
+    return [
+        (image, number, cell(names[label]), label, f"{score:.6f}", *(f"{v:.2f}" for v in box))
+        for box, score, label in rows(found)
+    ]
+
+
+def cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: one that starts like it gets a ``'`` in front."""
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def json_row(frame: Frame, found: Detections, names: Sequence[str]) -> dict[str, Any]:
+    """A picture and what was found in it, boxes ``[x1, y1, x2, y2]`` in its pixels; ``frame`` is null for an image."""
+    height, width = frame.image.shape[:2]
+    return {
+        "image": frame.source.shown,
+        "frame": frame.number or None,
+        "width": width,
+        "height": height,
+        "detections": [
+            {"class": names[label], "label": label, "score": round(score, 6), "box": [round(v, 2) for v in box]}
+            for box, score, label in rows(found)
+        ],
+    }
+
+
+def write_crops(folder: Path, frame: Frame, found: Detections, names: Sequence[str]) -> None:
+    """Each detection as a picture of its own, ``CLASS/NAME-1.jpg``, ``-2``, ... by falling score."""
+    height, width = frame.image.shape[:2]
+    for number, ((x1, y1, x2, y2), _, label) in enumerate(rows(found), start=1):
+        left, right = max(0, int(x1)), min(width, int(np.ceil(x2)))
+        top, bottom = max(0, int(y1)), min(height, int(np.ceil(y2)))
+        if left < right and top < bottom:
+            path = folder / folder_name(names[label], label) / f"{frame.name}-{number}.jpg"
+            with naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, frame.image[top:bottom, left:right])
+
+
+def folder_name(name: str, label: int) -> str:
+    """The folder for the crops of a class: its name, or its number and what is harmless of the name."""
+    safe = re.sub(r"[^\w .()+-]", "_", name)[:LONGEST].strip(" .")
+    return safe if safe and safe == name else f"{label}_{safe}".rstrip("_")
+
+
+# ---- windows
+
+
+def check_windows() -> None:
+    """Raise a Fault where pictures cannot be shown in a window."""
+    told = "--view: {}; leave --view out and look at the files"
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise Fault(told.format("there is no screen here"))
+    try:
+        cv2.namedWindow("detect", cv2.WINDOW_NORMAL)
+        cv2.destroyWindow("detect")
+    except cv2.error:
+        raise Fault(told.format("this OpenCV has no windows (opencv-python has, the headless one has not)")) from None

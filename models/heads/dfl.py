@@ -1,0 +1,196 @@
+"""The anchor-free head of YOLOv8: forward, loss and decode together.
+
+Every cell is a point that answers with the distances to the four sides of a box. A distance is the mean of a
+distribution over 0, 1, ..., bins - 1 strides (Generalized Focal Loss, Li et al., arXiv 2006.04388). Who answers for a
+box is asked of the predictions themselves: the points inside it whose class score and box agree best with it (TOOD,
+Feng et al., arXiv 2108.07755).
+
+Shape letters: N images, H W cells, P points of all levels, B bins, C classes, K = 4 B + C, T truths, M points that
+answer for one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.structures import Targets
+from models.boxes import complete_iou
+from models.ops.conv import Conv
+from models.ops.merge import no_margin
+from models.ops.primitives import DEFAULT, PlainAct
+from models.registry import Shape, register_op
+
+BOX, CLASS, DISTRIBUTION = 7.5, 0.5, 1.5  # gains of YOLOv8
+ALPHA, BETA = 0.5, 6.0  # how much class score and IoU count in the alignment; TOOD has 1 and 6, YOLOv8 these
+MOST_POINTS = 10  # that answer for a truth; TOOD has 13, YOLOv8 this
+
+Bins = Annotated[int, Field(ge=2, le=64)]
+
+
+def dfl_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    no_margin(inputs)
+    return Shape(0, inputs[0].stride, "maps")
+
+
+@register_op(infer=dfl_shape, many=True)
+class DFLDetect(nn.Module):
+    """Boxes and classes from points on every level, each with two convolutions of its own before the last one.
+
+    `bins` limits what a point can reach: bins - 1 strides to every side. `options` are the gains that its loss goes by.
+
+    Shape: ``[[N, C_i, H_i, W_i], ...] -> [[N, H_i, W_i, K], ...]``, logits: four distributions, then the classes.
+    """
+
+    def __init__(self, inputs: Sequence[Shape], num_classes: int, bins: Bins = 16, *, act: PlainAct = DEFAULT) -> None:
+        super().__init__()
+        self.num_classes, self.bins = num_classes, bins
+        self.options = {"box": BOX, "cls": CLASS, "dfl": DISTRIBUTION}
+        self.strides = tuple(shape.stride for shape in inputs)
+        finest = inputs[0].channels
+        box, classes = max(16, finest // 4, 4 * bins), max(finest, min(num_classes, 100))  # hidden channels of YOLOv8
+
+        def branch(c_in: int, hidden: int, c_out: int, bias: float) -> nn.Sequential:
+            last = nn.Conv2d(hidden, c_out, 1)
+            assert last.bias is not None
+            nn.init.constant_(last.bias, bias)
+            return nn.Sequential(Conv(c_in, hidden, 3, act=act), Conv(hidden, hidden, 3, act=act), last)
+
+        self.cv2 = nn.ModuleList(branch(shape.channels, box, 4 * bins, 1.0) for shape in inputs)
+        self.cv3 = nn.ModuleList(  # near the truth at the start: 5 objects on a level of an image of 640 pixels
+            branch(shape.channels, classes, num_classes, math.log(5 / num_classes / (640 / shape.stride) ** 2))
+            for shape in inputs
+        )
+        # What a bin stands for. It never learns, but the published networks count it and store it among their weights.
+        self.dfl = nn.Conv2d(bins, 1, 1, bias=False).requires_grad_(False)
+        with torch.no_grad():
+            self.dfl.weight.copy_(torch.arange(float(bins)).view(1, bins, 1, 1))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        outputs = []
+        for distances, scores, x in zip(self.cv2, self.cv3, maps, strict=True):
+            y = torch.cat((distances(x), scores(x)), dim=1)
+            outputs.append(y.permute(0, 2, 3, 1).contiguous())
+        return outputs
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Boxes ``[N, P, 4]`` in pixels of the input and class scores ``[N, P, C]`` in [0, 1]."""
+        sides_NP4B, classes_NPC = self.split(outputs)
+        return self.boxes(sides_NP4B, *self.points(outputs)), classes_NPC.sigmoid()
+
+    def split(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The logits of all levels behind each other: of the four distances ``[N, P, 4, B]``, of classes."""
+        y = torch.cat([level.flatten(1, 2) for level in outputs], dim=1)
+        sides, classes = y.split((4 * self.bins, self.num_classes), dim=-1)
+        return sides.unflatten(-1, (4, self.bins)), classes
+
+    def points(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The middle of every cell ``[P, 2]``, x y in pixels, and its stride ``[P, 1]``."""
+        points, strides = [], []
+        for level, stride in zip(outputs, self.strides, strict=True):
+            rows = torch.arange(level.shape[1], device=level.device, dtype=level.dtype)
+            columns = torch.arange(level.shape[2], device=level.device, dtype=level.dtype)
+            grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).flatten(0, 1)
+            points.append((grid + 0.5) * stride)
+            strides.append(torch.full_like(grid[:, :1], stride))
+        return torch.cat(points), torch.cat(strides)
+
+    def boxes(self, sides: Tensor, points: Tensor, strides: Tensor) -> Tensor:
+        """Boxes ``[..., 4]`` of logits ``[..., 4, B]``: left, top, right and bottom of a point by a distance each.
+
+        A distance is the mean of its distribution, in strides (arXiv 2006.04388, eq. 4).
+        """
+        distances = sides.softmax(dim=-1) @ self.dfl.weight.to(sides.dtype).flatten() * strides
+        return torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
+
+    def loss(self, outputs: Sequence[Tensor], targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch, and its parts: CIoU, BCE of classes, distribution focal loss.
+
+        A point that answers for a truth should give its class with the alignment that `assign` found, all others
+        nothing; boxes and distributions weigh by it too. All is divided by what the alignments add up to, at least 1.
+        """
+        sides_NP4B, classes_NPC = self.split(outputs)
+        points_P2, strides_P1 = self.points(outputs)
+        boxes_NP4 = self.boxes(sides_NP4B, points_P2, strides_P1)
+        image, point, found, aligned_M = self.assign(boxes_NP4, classes_NPC, points_P2, targets)
+
+        goal = torch.zeros_like(classes_NPC)
+        goal[image, point, targets.labels[found]] = aligned_M
+        total = aligned_M.sum().clamp(min=1)
+        classes = self.options["cls"] * F.binary_cross_entropy_with_logits(classes_NPC, goal, reduction="sum") / total
+
+        truth_M4 = targets.boxes[found].to(boxes_NP4)
+        _, ciou_M = complete_iou(boxes_NP4[image, point], truth_M4)
+        box = self.options["box"] * ((1 - ciou_M) * aligned_M).sum() / total
+
+        here, stride = points_P2[point], strides_P1[point]
+        distances_M4 = torch.cat((here - truth_M4[:, :2], truth_M4[:, 2:] - here), dim=-1) / stride
+        distribution_M = distribution_focal_loss(sides_NP4B[image, point], distances_M4).mean(dim=-1)
+        distribution = self.options["dfl"] * (distribution_M * aligned_M).sum() / total
+        parts = {"box": box.detach(), "cls": classes.detach(), "dfl": distribution.detach()}
+        return box + classes + distribution, parts
+
+    @torch.no_grad()
+    def assign(
+        self, boxes_NP4: Tensor, classes_NPC: Tensor, points_P2: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which points answer for what: image, point, index of the truth and alignment in [0, 1], ``[M]`` each.
+
+        Asked are the points in a truth, or within half of the finest stride of its middle, so that a truth between the
+        points is not lost. The alignment of a point is ``t = s^alpha u^beta``, s its score for the truth's class and u
+        its box's IoU; the best `MOST_POINTS` answer. A point in several truths answers for the one that its box fits
+        best. At last t is scaled so that a truth's largest is the largest u among its points (arXiv 2108.07755, 3.2).
+
+        A truth without area, or that no box of its points touches, has nobody.
+        """
+        truths_T4, none = targets.boxes.to(boxes_NP4), -math.inf
+        size, middle = truths_T4[:, 2:] - truths_T4[:, :2], (truths_T4[:, :2] + truths_T4[:, 2:]) / 2
+        reach = size.clamp(min=self.strides[0]) / 2
+        asked_TP = ((points_P2 - middle[:, None]).abs() <= reach[:, None]).all(dim=-1)
+        truth, point = (asked_TP & (size > 0).all(dim=-1)[:, None]).nonzero(as_tuple=True)
+
+        def fit(truth: Tensor, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """The image, u, and log t: t itself is too small for a number where u is."""
+            image = targets.image_index[truth]
+            u, _ = complete_iou(boxes_NP4[image, point], truths_T4[truth])
+            s = classes_NPC[image, point, targets.labels[truth]]
+            return image, u, ALPHA * F.logsigmoid(s) + BETA * u.log()
+
+        log_t_TP = boxes_NP4.new_full(asked_TP.shape, none)
+        log_t_TP[truth, point] = fit(truth, point)[2]
+        best, chosen = log_t_TP.topk(min(MOST_POINTS, len(points_P2)), dim=1)
+        truth, rank = (best > none).nonzero(as_tuple=True)
+        point = chosen[truth, rank]
+
+        # One truth a point: the one of the largest u, the first of those.
+        image, u, log_t = fit(truth, point)
+        cell = image * len(points_P2) + point
+        cells, truths = boxes_NP4.shape[0] * len(points_P2), len(truths_T4)
+        mine = u == u.new_zeros(cells).scatter_reduce(0, cell, u, "amax")[cell]
+        first = truth.new_full((cells,), truths).scatter_reduce(0, cell[mine], truth[mine], "amin")
+        mine &= truth == first[cell]
+        image, point, truth, u, log_t = (x[mine] for x in (image, point, truth, u, log_t))
+
+        top_u = u.new_zeros(truths).scatter_reduce(0, truth, u, "amax")
+        top_t = log_t.new_full((truths,), none).scatter_reduce(0, truth, log_t, "amax")
+        return image, point, truth, (log_t - top_t[truth]).exp() * top_u[truth]
+
+
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    """``-((y_r - y) log S_l + (y - y_l) log S_r)`` (arXiv 2006.04388, eq. 6): the bins l and r beside a distance.
+
+    Logits ``[..., B]``, distances ``[...]`` in bins; what no bin reaches counts as the last one, or as 0.
+    """
+    last = logits.shape[-1] - 1
+    y = distances.clamp(0, last)
+    left = y.floor().clamp(max=last - 1)
+    log_s = logits.log_softmax(dim=-1)
+    log_left = log_s.gather(-1, left.long()[..., None])[..., 0]
+    log_right = log_s.gather(-1, left.long()[..., None] + 1)[..., 0]
+    return -((left + 1 - y) * log_left + (y - left) * log_right)

@@ -1,0 +1,89 @@
+"""Blocks in a row that keep what each of them gave, side by side: for a plain number of blocks, and for a `Choice`.
+
+Of a choice every number is a prefix of the largest, as in `models.ops.primitives.repeat`. What reads the maps side by
+side has an input for each of them, so it holds weights for the largest number, and its maps are zero where blocks are
+left out: the same output as without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.ops.primitives import Count
+from models.spec import Choice
+
+
+def side_by_side(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """`x`, then what each block gives; the first reads the second half of `x`, the others what the one before gave."""
+    maps, y = [x], x.chunk(2, dim=1)[1]
+    for block in blocks:
+        y = block(y)
+        maps.append(y)
+    return torch.cat(maps, dim=1)
+
+
+class Dense(nn.Sequential):
+    """`number` blocks with C channels. Shape: ``[N, 2 * C, H, W] -> [N, (2 + number) * C, H, W]``"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return side_by_side(self, x)
+
+
+class ElasticDense(nn.Module):
+    """`Dense` of the first `active` blocks, with zeros for the others.
+
+    Shape: ``[N, 2 * C, H, W] -> [N, (2 + largest number) * C, H, W]``
+    """
+
+    def __init__(self, number: Choice, make: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.choice = number
+        self.active = max(number.options)
+        for index in range(self.active):
+            self.add_module(str(index), make(index))  # the keys that Dense has
+
+    def option(self, value: int, x: Tensor) -> Tensor:
+        blocks = list(self.children())
+        missing = (len(blocks) - value) * (x.shape[1] // 2)
+        return F.pad(side_by_side(blocks[:value], x), (0, 0, 0, 0, 0, missing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.option(self.active, x)
+
+    def plain(self) -> nn.Module:
+        return Dense(*list(self.children())[: self.active])
+
+
+class DenseReader(nn.Conv2d):
+    """The 1x1 convolution behind an `ElasticDense` of C channels: its plain form has no weights for what is zero.
+
+    Shape: ``[N, (2 + largest number) * C, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(self, channels: int, c_out: int, number: Choice) -> None:
+        super().__init__((2 + max(number.options)) * channels, c_out, 1, bias=False)
+        self.choice, self.channels = number, channels
+        self.active = max(number.options)
+
+    def option(self, value: Any, x: Tensor) -> Tensor:
+        """The same for every option: what `x` holds makes the difference."""
+        return super().forward(x)
+
+    def plain(self) -> nn.Module:
+        inputs = (2 + self.active) * self.channels
+        new = nn.Conv2d(inputs, self.out_channels, 1, bias=False, device=self.weight.device, dtype=self.weight.dtype)
+        with torch.no_grad():
+            new.weight.copy_(self.weight[:, :inputs])
+        return new
+
+
+def dense(number: Count, make: Callable[[int], nn.Module]) -> nn.Module:
+    """`number` blocks, ``make(index)`` each, side by side with what the first of them reads."""
+    if isinstance(number, Choice):
+        return ElasticDense(number, make)
+    return Dense(*(make(index) for index in range(number)))

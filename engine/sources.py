@@ -306,37 +306,35 @@ def _frames(capture: Any) -> int:
     return int(announced) if 0 < announced < 1e9 else 0
 
 
-def _grabbed(capture: Any, stride: int) -> Generator[tuple[int, np.ndarray | None], None, None]:
-    """Number and picture of each frame behind `_capture`, which has grabbed the first; None for one left out.
-
-    The capture is released by the thread that reads it: another one would pull it from under a read that hangs.
-    """
-    try:
-        for number in count(1):
-            if number > 1 and not capture.grab():
-                return
-            if (number - 1) % stride:
-                yield number, None
-                continue
-            decoded, frame = capture.retrieve()
-            if not decoded:
-                return
-            yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-    finally:
-        capture.release()
-
-
 def _read_moving(source: Source, stride: int) -> Generator[Frame, None, None]:
     """The frames of a video, a stream or a camera. Raises a Fault where it ends before its end."""
     capture = _capture(source)
     fps, frames = _fps(capture), _frames(capture)
     endless = source.kind != "video" and not frames
     read = shown = 0
-    with ahead(_grabbed(capture, stride), 1, newest=True) if endless else closing(_grabbed(capture, stride)) as grabbed:
-        for read, image in grabbed:
-            if image is not None:
-                shown += 1
-                yield Frame(source, image, read, fps, frames)
+
+    def grabbed() -> Generator[tuple[int, np.ndarray], None, None]:
+        """Number and picture of each ``stride``-th frame.
+
+        The capture is released by the thread that reads it: another one would pull it from under a read that hangs.
+        """
+        nonlocal read
+        try:
+            while read == 0 or capture.grab():  # `_capture` has grabbed the first
+                wanted = read % stride == 0
+                decoded, frame = capture.retrieve() if wanted else (True, None)
+                if not decoded:
+                    return
+                read += 1
+                if wanted:
+                    yield read, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        finally:
+            capture.release()
+
+    with ahead(grabbed(), 1, newest=True) if endless else closing(grabbed()) as coming:
+        for number, image in coming:
+            shown += 1
+            yield Frame(source, image, number, fps, frames)
     if endless:
         lost = math.ceil(read / stride) - shown
         left_out = f"; {lost} frames came faster than they were looked at" if lost else ""

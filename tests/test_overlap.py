@@ -131,10 +131,13 @@ def test_an_interrupt_loses_nothing_that_was_put():
 
 
 def test_only_the_newest_waits():
+    made = threading.Event()
+
     def items():
         yield from range(200)
+        made.set()
 
     with ahead(items(), 1, newest=True) as coming:
-        time.sleep(0.2)
+        assert made.wait(60)
         seen = list(coming)
     assert seen == [199]

@@ -458,7 +458,7 @@ def coco_results(
     ]
 
 
-def label_lines(found: Detections, size: tuple[int, int], scores: bool) -> str:
+def label_lines(found: Detections, size: Sequence[int], *, scores: bool) -> str:
     """A YOLO line a detection: class, centre, width, height as shares of the image's ``size``, and its score if asked.
 
     Best first; empty where nothing was found.
@@ -616,7 +616,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, sample, kept in tqdm(pairs, "writing labels", len(samples), unit="image", delay=2, leave=False):
             file = folder / "labels" / f"{name}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, label_lines(kept, image_size(sample.path), options.save_conf))
+            write_text(file, label_lines(kept, image_size(sample.path), scores=options.save_conf))
     if not options.noplots:
         draw_evaluation(folder, samples, found, names)
     print(f"results in {folder}")

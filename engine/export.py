@@ -158,7 +158,7 @@ def write_file(
         free |= {2: stride * torch.export.Dim("height"), 3: stride * torch.export.Dim("width")}
         example = example.new_zeros(*example.shape[:2], 4 * stride, 6 * stride)  # a 1 would be taken for the only one
     names = OUTPUTS[exported.max_det > 0]
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), exporter_silent():
         program = torch.export.export(exported, (example,), dynamic_shapes=(free,))
         program.example_inputs = None  # it would be stored, and it says nothing
         if kind == "torch":
@@ -174,10 +174,11 @@ def write_file(
             verbose=False,
         )
         assert onnx_program is not None
-        _write_onnx(path, onnx_program.model_proto, about)
+        write_onnx(path, onnx_program.model_proto, about)
 
 
-def _write_onnx(path: Path, model: Any, about: Mapping[str, str]) -> None:
+def write_onnx(path: Path, model: Any, about: Mapping[str, str]) -> None:
+    """Write what the exporter made, with the properties ``about`` it, so that onnxruntime computes what torch does."""
     import onnx
 
     # onnxruntime makes one step of a Pad with zeros and the MaxPool behind it, which pads with minus infinity: wrong
@@ -281,7 +282,7 @@ def _with_threshold(path: Path, conf: float) -> bytes:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def exporter_silent() -> Iterator[None]:
     """The exporters warn of packages that are absent and of their own old parts: nothing a user could change."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

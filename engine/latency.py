@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.structures import Fault
-from engine.export import OPSET, PACKAGES, _quiet, _write_onnx
+from engine.export import OPSET, PACKAGES, exporter_silent, write_onnx
 from models.fuse import fuse
 from models.graph import Graph, Node
 from models.network import Network, WithAux
@@ -227,7 +227,7 @@ def onnx_rows(rows: Sequence[tuple[Node, nn.Module]], imgsz: int, progress: bool
             some = rows[start : start + AT_A_TIME]
             module = SideBySide(some).eval()
             maps = [[y.contiguous() for y in inputs_of(node, imgsz)] for node, _ in some]
-            with torch.no_grad(), _quiet():
+            with torch.no_grad(), exporter_silent():
                 counts = [len(y) for y in module(maps)]
                 program = torch.export.export(module, (maps,))
                 written = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
@@ -305,7 +305,7 @@ def onnx_run(model: Any, inputs: Sequence[Tensor], device: torch.device) -> Run:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        _write_onnx(path, model, {})  # as engine.export writes it
+        write_onnx(path, model, {})  # as engine.export writes it
         session = runtime.InferenceSession(str(path), options, providers=[provider(device)])
     values = {one.name: y.contiguous().numpy() for one, y in zip(session.get_inputs(), inputs, strict=True)}
     return partial(session.run, None, values)

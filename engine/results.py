@@ -24,6 +24,7 @@ import numpy as np
 
 from data.structures import Detections, Fault
 from engine.draw import draw_detections, write_image
+from engine.evaluate import label_lines
 from engine.runs import atomically
 from engine.sources import End, Frame, Source, container, write_video
 
@@ -112,7 +113,7 @@ def write_results(
             if wanted.txt:  # a file for every picture: an empty one says that nothing was found
                 path = folder / LABELS / f"{item.name}.txt"
                 with naming(path), atomically(path) as temporary:
-                    temporary.write_text(yolo_lines(found, *item.image.shape[:2], scores=wanted.conf))
+                    temporary.write_text(label_lines(found, item.image.shape[1::-1], scores=wanted.conf))
             if write_csv:
                 write_csv(_csv(csv_rows(item, found, names)))
             if write_json:
@@ -204,15 +205,6 @@ def growing_list(path: Path) -> Iterator[Callable[[str], None]]:
 
 
 # ---- what is in a row
-
-
-def yolo_lines(found: Detections, height: int, width: int, *, scores: bool = False) -> str:
-    """One line a detection: ``class cx cy w h [score]``, the four in 0 to 1 of the image's width and height."""
-    lines = []
-    for (x1, y1, x2, y2), score, label in rows(found):
-        shares = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-        lines.append(" ".join([str(label), *(f"{v:.6f}" for v in (*shares, *([score] if scores else [])))]))
-    return "".join(line + "\n" for line in lines)
 
 
 def rows(found: Detections) -> Iterator[tuple[list[float], float, int]]:

@@ -7,7 +7,6 @@ import io
 import json
 import sys
 import threading
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +25,7 @@ from engine import infer, sources
 from engine.draw import class_color, draw_detections, grid, write_image
 from engine.export import OnnxFile
 from engine.infer import Model, class_labels, load
-from engine.results import cell, folder_name, growing, growing_list, yolo_lines
+from engine.results import cell, folder_name, growing, growing_list
 from engine.sources import (
     End,
     Frame,
@@ -145,12 +144,6 @@ def test_a_static_file_gets_the_squares_it_takes(monkeypatch):
         load("a.onnx", imgsz=100)
     with pytest.raises(Fault, match="a.pt2: a program of torch.export; give the checkpoint"):
         load("a.pt2")
-
-
-def test_yolo_lines_by_hand():
-    found = structures.Detections(torch.tensor([[10.0, 20, 30, 60]]), torch.tensor([0.75]), torch.tensor([3]))
-    assert yolo_lines(found, 80, 100) == "3 0.200000 0.500000 0.200000 0.500000\n"
-    assert yolo_lines(found, 80, 100, scores=True) == "3 0.200000 0.500000 0.200000 0.500000 0.750000\n"
 
 
 def test_classes_by_name_or_number():

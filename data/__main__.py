@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from data.check import check, report_text
-from data.config import FORMATS, SPLITS
+from data.config import BOXES, SPLITS
 from data.contact_sheet import write_contact_sheet
 from data.convert import IMAGES, convert
 from data.shapes import draw_shapes
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     converts = commands.add_parser("convert", help="write a data set in another format")
     converts.add_argument("data", help=data)
-    converts.add_argument("--to", required=True, choices=FORMATS)
+    converts.add_argument("--to", required=True, choices=BOXES)
     converts.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder")
     converts.add_argument("--images", choices=IMAGES, default="link", help="images are links (default) or copies")
 

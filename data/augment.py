@@ -19,7 +19,7 @@ import numpy as np
 from data.structures import Fault, Letterbox
 
 Shape = tuple[int, int]  # height, width in pixels
-Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels
+Rectangle = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 
 GREY = 114  # of padding, in every channel
 THINNEST = 2  # pixels; a box thinner than this after augmentation is dropped
@@ -27,6 +27,9 @@ LEAST_VISIBLE = 0.1  # so is one of whose area less than this fraction is still 
 SMALL = 32 * 32  # square pixels; COCO calls objects below it small
 MARGIN = 5  # pixels between a pasted object and the edge of its picture
 TRIES = 30  # places drawn for a pasted object before it is given up
+CENTRE = 0.875  # of an image's shorter side, which a classifier sees: 224 of 256 pixels, as since AlexNet
+MOST_STRETCH = 4 / 3  # of a part that is drawn of an image: width to height, or height to width
+CROP_TRIES = 10  # parts drawn before it is the middle that is taken
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Augment:
 
     Attributes:
         mosaic: probability of joining four pictures.
-        scale: pictures are scaled by 1 - scale to 1 + scale.
+        scale: pictures are scaled by 1 - scale to 1 + scale; those that are cropped show 1 - scale to 1 of their area.
         translate: and moved by up to this fraction of the input's side.
         degrees: and turned by up to this angle either way.
         hsv: largest relative change of hue, saturation and value.
@@ -102,6 +105,33 @@ def letterbox_of(width: int, height: int, imgsz: int, shape: Shape | None = None
     fitted = fitted_size(width, height, imgsz)
     rows, columns = shape or (imgsz, imgsz)
     return Letterbox(width, height, imgsz / max(width, height), (columns - fitted[0]) // 2, (rows - fitted[1]) // 2)
+
+
+def centre_crop(width: int, height: int, imgsz: int) -> Letterbox:
+    """Where an image lies so that the middle of it, a square of 7/8 of its shorter side, fills ``imgsz x imgsz``."""
+    scale = imgsz / (CENTRE * min(width, height))
+    return Letterbox(width, height, scale, round((imgsz - width * scale) / 2), round((imgsz - height * scale) / 2))
+
+
+def longest_side(width: int, height: int, shorter: int) -> int:
+    """Of an image whose shorter side becomes `shorter`."""
+    return math.ceil(shorter * max(width, height) / min(width, height))
+
+
+def middle(image: np.ndarray, imgsz: int) -> tuple[np.ndarray, Letterbox]:
+    """The middle of a picture as it fills ``imgsz x imgsz``: what a classifier sees of it."""
+    height, width = image.shape[:2]
+    box = centre_crop(width, height, imgsz)
+    kept = shrink(image, longest_side(width, height, math.ceil(imgsz / CENTRE)))
+    none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    source = Source(kept.shape[1], kept.shape[0], *none, lambda: kept)
+    return compose([source], [place_of(box)], (imgsz, imgsz), (imgsz, imgsz))[0], box
+
+
+def place_of(box: Letterbox) -> Rectangle:
+    """The rectangle that the whole image fills."""
+    right, bottom = box.pad_x + round(box.width * box.scale), box.pad_y + round(box.height * box.scale)
+    return box.pad_x, box.pad_y, right, bottom
 
 
 def letterbox(image: np.ndarray, imgsz: int) -> tuple[np.ndarray, Letterbox]:
@@ -255,7 +285,7 @@ def mosaic_rectangles(sizes: Sequence[tuple[int, int]], shape: Shape, rng: np.ra
     rows, columns = shape
     cx = int(rng.integers(columns // 2, 2 * columns - columns // 2 + 1))
     cy = int(rng.integers(rows // 2, 2 * rows - rows // 2 + 1))
-    rectangles = []
+    rectangles: list[Rectangle] = []
     for place, (width, height) in enumerate(sizes):
         left = cx - width if place % 2 == 0 else cx
         top = cy - height if place < 2 else cy
@@ -342,6 +372,31 @@ def augmented(
         )
     kept = worth_keeping(whole, visible)
     return Picture(image, visible[kept], labels[kept])
+
+
+def cropped(source: Source, shape: Shape, augment: Augment, rng: np.random.Generator) -> Picture:
+    """A part of a source, drawn by its area and its form, fills `shape`, and is turned about its middle.
+
+    The area is ``1 - augment.scale`` to 1 of the source's, the form 3:4 to 4:3 (Szegedy et al., arXiv 1409.4842,
+    section 6). Colours and flips come after (`finished`).
+    """
+    rows, columns = shape
+    width = height = float(min(source.width, source.height))
+    for _ in range(CROP_TRIES):
+        area = source.width * source.height * rng.uniform(1 - augment.scale, 1)
+        stretch = math.exp(rng.uniform(-math.log(MOST_STRETCH), math.log(MOST_STRETCH)))
+        wide, high = math.sqrt(area * stretch), math.sqrt(area / stretch)
+        if wide <= source.width and high <= source.height:
+            width, height = wide, high
+            break
+    left, top = rng.uniform(0, source.width - width), rng.uniform(0, source.height - height)
+    across, down = columns / width, rows / height
+    place = (-left * across, -top * down, (source.width - left) * across, (source.height - top) * down)
+    image, _, visible, labels = compose([source], [place], shape, shape)
+    if augment.degrees:
+        turn = replace(augment, scale=0.0, translate=0.0)
+        image = warp(image, affine_matrix(shape, shape, turn, rng), shape)
+    return Picture(image, visible, labels)
 
 
 def mixup(one: Picture, other: Picture, rng: np.random.Generator) -> Picture:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.config import SPLITS, DataSpec, read_data_spec
+from data.config import BOXES, SPLITS, DataSpec, read_data_spec
 from data.images import read_image
 from data.readers import READERS, read_split, some
 from data.readers.labels import IMAGE_FILE, Kind, Problem, Split
@@ -35,7 +35,7 @@ class Report:
         faults: why a split cannot be used at all.
         problems: all others, by split; label files without an image are under "".
         copies: groups of images with the same bytes, each image as its split and its path.
-        idle: classes without a box in a split.
+        idle: classes without a box in a split, or without an image where images are of a class as a whole.
     """
 
     data: DataSpec
@@ -56,9 +56,17 @@ class Report:
         return [group for group in self.copies if len({split for split, _ in group}) > 1]
 
     @property
+    def torn(self) -> list[tuple[tuple[str, Path], ...]]:
+        """Copies of an image that are each of another class, where images are of a class as a whole."""
+        if self.data.format in BOXES:
+            return []
+        label = {s.path: s.labels.tolist() for split in self.splits.values() for s in split.samples}
+        return [group for group in self.copies if any(label[path] != label[group[0][1]] for _, path in group)]
+
+    @property
     def code(self) -> int:
         """For a shell: 2 where a split cannot be used, 1 where something is wrong with it, else 0."""
-        return 2 if self.faults else 1 if self.lost or self.leaks else 0
+        return 2 if self.faults else 1 if self.lost or self.leaks or self.torn else 0
 
 
 def check(path: str | Path, decode: bool = False) -> Report:
@@ -166,13 +174,15 @@ def report_text(report: Report) -> str:
     if report.copies:
         lines += [
             "",
-            f"images with the same content: {len(report.copies):,} groups, {len(report.leaks):,} across splits",
+            f"images with the same content: {len(report.copies):,} groups, {len(report.leaks):,} across splits"
+            + (f", {len(report.torn):,} across classes" if report.torn else ""),
         ]
         lines += ["    " + " = ".join(f"{split}: {path}" for split, path in group) for group in report.copies]
     for split in splits:
         idle = [name for held, name in report.idle if held == split]
         if idle:
-            lines += ["", f"classes without a box in {split}: {some(idle, MOST_CLASSES)}"]
+            what = "a box" if data.format in BOXES else "an image"
+            lines += ["", f"classes without {what} in {split}: {some(idle, MOST_CLASSES)}"]
     lines += ["", *(f"fault: {fault}" for fault in report.faults)] if report.faults else []
     lines += ["", verdict(report)]
     return "\n".join(lines)
@@ -183,6 +193,7 @@ def verdict(report: Report) -> str:
         return "not fit for use: correct the faults above"
     what = [f"{len(report.lost):,} faults"] if report.lost else []
     what += [f"{len(report.leaks):,} images in several splits"] if report.leaks else []
+    what += [f"{len(report.torn):,} images in several classes"] if report.torn else []
     return f"fit for use, but for {' and '.join(what)}" if what else "fit for use"
 
 
@@ -197,20 +208,24 @@ def by_kind(report: Report, harmless: bool) -> list[tuple[Kind, list[tuple[str, 
 
 
 def table(data: DataSpec, splits: Mapping[str, Split]) -> list[str]:
-    """Counts by split: images, boxes, boxes by size, boxes by class with a bar."""
+    """Counts by split: images, boxes, boxes by size, boxes by class with a bar.
+
+    Where images are of a class as a whole, the boxes are the images, and are not counted apart.
+    """
     samples = {name: split.samples for name, split in splits.items()}
     rows: list[tuple[str, list[str]]] = [("", list(splits))]
     rows.append(("images", [f"{len(found):,}" for found in samples.values()]))
-    rows.append(("  without a box", [f"{sum(not len(s.labels) for s in found):,}" for found in samples.values()]))
     areas = [areas_of(found) for found in samples.values()]
-    rows.append(("boxes", [f"{len(a):,}" for a in areas]))
-    rows.append(("  small  < 32 x 32", [_count(a < SMALL) for a in areas]))
-    rows.append(("  medium", [_count((a >= SMALL) & (a < LARGE)) for a in areas]))
-    rows.append(("  large  >= 96 x 96", [_count(a >= LARGE) for a in areas]))
-    ignored = [sum(len(s.ignored_labels) for s in found) for found in samples.values()]
-    if any(ignored):
-        rows.append(("ignored objects", [f"{count:,}" for count in ignored]))
-    rows.append(("side of a box", ["" for _ in splits]))
+    if data.format in BOXES:
+        rows.append(("  without a box", [f"{sum(not len(s.labels) for s in found):,}" for found in samples.values()]))
+        rows.append(("boxes", [f"{len(a):,}" for a in areas]))
+        rows.append(("  small  < 32 x 32", [_count(a < SMALL) for a in areas]))
+        rows.append(("  medium", [_count((a >= SMALL) & (a < LARGE)) for a in areas]))
+        rows.append(("  large  >= 96 x 96", [_count(a >= LARGE) for a in areas]))
+        ignored = [sum(len(s.ignored_labels) for s in found) for found in samples.values()]
+        if any(ignored):
+            rows.append(("ignored objects", [f"{count:,}" for count in ignored]))
+    rows.append(("side of a box" if data.format in BOXES else "side of an image", ["" for _ in splits]))
     for index, name in enumerate(side_names()):
         rows.append((f"  {name}", [_count(sides_of(a) == index) for a in areas]))
     rows.append(("classes", ["" for _ in splits]))

@@ -12,10 +12,17 @@ train: annotations/instances_train2017.json        # format coco is understood
 train: images/train2017                            # or so
 train_json: annotations/instances_train2017.json
 
+Images of a class as a whole lie in folders that are called after the classes:
+
+train: train                                       # train/beach/01.jpg is a beach
+val: test
+format: folders
+names: [beach, forest]                             # left out: the folders of train, in the order of their names
+
 `annotations` names the folder of the label files where it is not the usual one. `images` names the folder of the images
 where lists hold bare ids, as those of a VOC layout do, or where a JSON's images lie. `test` and `nc` may be left out,
-and `names` where a JSON has them. `download` says how to get the data set; it is shown when the folder is missing and
-never run.
+and `names` where a JSON or folders have them. `download` says how to get the data set; it is shown when the folder is
+missing and never run.
 """
 
 from __future__ import annotations
@@ -29,7 +36,8 @@ import yaml
 from data.coco_json import category_names
 from data.structures import Fault, nearest
 
-FORMATS = ("yolo", "voc", "coco")
+BOXES = ("yolo", "voc", "coco")  # formats with boxes
+FORMATS = (*BOXES, "folders")
 SPLITS = ("train", "val", "test")
 JSONS = tuple(f"{split}_json" for split in SPLITS)
 IGNORED = ("roboflow",)  # what other programs leave in a data YAML and nobody needs
@@ -149,8 +157,15 @@ def read_data_spec(path: str | Path) -> DataSpec:
     elif kind == "coco":
         check_root(spec)
         names = category_names(spec.jsons(given[0])[0])
+    elif kind == "folders":
+        check_root(spec)
+        names = _folder_names(spec, given[0])
     else:
         raise fault("names", "no names; list the classes: names: [circle, square]")
+    if kind == "folders" and len(names) < 2:
+        raise fault(
+            "names" if "names" in values else given[0], f"one class, {names[0]!r}; two or more can be told apart"
+        )
     count = word("nc")
     if count is not None and count != str(len(names)):
         raise fault("nc", f"nc is {count}, but there are {len(names)} names; leave nc out, or make them agree")
@@ -210,6 +225,20 @@ def _names(path: Path, node: yaml.Node) -> tuple[str, ...]:
     if not names:
         raise Fault(f"{where}: names is empty; list at least one class")
     return tuple(names)
+
+
+def _folder_names(data: DataSpec, split: str) -> tuple[str, ...]:
+    """The folders in those of a split: each is called after its class."""
+    names: set[str] = set()
+    for place in data.sources(split):
+        if not place.is_dir():
+            wrong = "is no folder of classes; list the classes: names: [beach, forest]"
+            raise Fault(f"{data.path}: {place} {wrong}" if place.exists() else f"{data.path}: {place} does not exist")
+        names |= {entry.name for entry in os.scandir(place) if entry.is_dir() and entry.name[0] != "."}
+    if not names:
+        here = " or ".join(map(str, data.sources(split)))
+        raise Fault(f"{data.path}: there is no folder in {here}; a folder of images for each class is right")
+    return tuple(sorted(names))
 
 
 def _kind(node: yaml.Node) -> str:

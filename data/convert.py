@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from data.config import FORMATS, SPLITS, DataSpec, read_data_spec
+from data.config import BOXES, SPLITS, DataSpec, read_data_spec
 from data.images import image_size
 from data.readers import Split, read_split
 from data.structures import Fault, Sample, nearest
@@ -41,11 +41,13 @@ def convert(path: str | Path, to: str, folder: str | Path, images: str = "link")
     Raises:
         Fault: when the data set cannot be read, the folder holds something, or the format cannot hold a class name.
     """
-    if to not in FORMATS:
-        raise Fault(f"format {to!r} is not known; one of {', '.join(FORMATS)}{nearest(to, FORMATS)}")
+    if to not in BOXES:
+        raise Fault(f"format {to!r} is not known; one of {', '.join(BOXES)}{nearest(to, BOXES)}")
     if images not in IMAGES:
         raise Fault(f"images {images!r}: one of {', '.join(IMAGES)} is right{nearest(images, IMAGES)}")
     data = read_data_spec(path)
+    if data.format not in BOXES:
+        raise Fault(f"{data.path}: is of format {data.format}, which has no boxes; {to} has nothing else")
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Fault(f"{folder}: holds something already; name a new folder, or empty this one")

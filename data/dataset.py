@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +18,23 @@ from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 from data.augment import (
+    CENTRE,
     Augment,
     Picture,
     Shape,
     Source,
     augmented,
+    centre_crop,
+    compose,
+    cropped,
     finished,
     fit,
     fitted_size,
     letterbox_of,
+    longest_side,
     mixup,
     paste,
+    place_of,
     shrink,
 )
 from data.files import atomically, cache_folder
@@ -75,6 +82,8 @@ class DetectionSet(Dataset[Item]):
             neither. Processes that start afresh instead of being forked (Windows, macOS) do not see what is in memory.
         rect: images are padded to the smallest rectangle with sides that are multiples of 32, alone or, in
             `data.loader.batches`, for all images of a batch.
+        crop: what a classifier sees: the middle of an image fills the square, and with `augment` any part of it; there
+            is no grey around it, and the letterbox of an item reaches out of it.
     """
 
     def __init__(
@@ -85,7 +94,9 @@ class DetectionSet(Dataset[Item]):
         seed: int = 0,
         cache: str | bool = "ram",
         rect: bool = False,
+        crop: bool = False,
     ) -> None:
+        assert not (crop and rect), "a crop is a square"
         if isinstance(cache, bool):
             cache = "ram" if cache else "off"
         if cache not in CACHES:
@@ -97,8 +108,11 @@ class DetectionSet(Dataset[Item]):
         self.epoch = 0
         self.cache = cache
         self.rect = rect
+        self.crop = crop
+        # Of images that are cropped, the shorter side that is kept: nothing of a part of them has to be enlarged.
+        self._side = math.ceil(imgsz / min(CENTRE, math.sqrt(1 - augment.scale) if augment else 1))
         self.shapes: np.ndarray | None = None  # [N, 2] height, width of each item, where a loader has chosen them
-        self._room = CACHE_BYTES // (3 * imgsz**2)  # images
+        self._room = CACHE_BYTES // (3 * (self._side if crop else imgsz) ** 2)  # images
         self._cache: dict[tuple[int, int], np.ndarray] = {}  # by index and reduction
         self._recent: dict[tuple[int, int], np.ndarray] = {}  # the same; the last one used stands last
         self._sizes: dict[int, tuple[int, int]] = {}
@@ -170,7 +184,7 @@ class DetectionSet(Dataset[Item]):
             raise IndexError(index)
         shape = self.shape(index)
         if self.augment is None:
-            picture = self._letterboxed(index, shape)
+            picture = self._plain(index, shape)
         else:
             rng = np.random.default_rng((self.seed, self.epoch, index, AUGMENT))
             picture = self._augmented(index, shape, self.augment, rng)
@@ -181,16 +195,25 @@ class DetectionSet(Dataset[Item]):
         planes = np.empty((3, *shape), dtype=np.uint8)
         cv2.split(picture.image, list(planes))
         boxes = torch.from_numpy(picture.boxes.astype(np.float32))
-        letterbox = letterbox_of(*self.size(index), self.imgsz, shape)
+        letterbox = self._letterbox(index, shape)
         return Item(torch.from_numpy(planes), boxes, torch.from_numpy(picture.labels), letterbox, index)
 
-    def _letterboxed(self, index: int, shape: Shape) -> Picture:
+    def _letterbox(self, index: int, shape: Shape) -> Letterbox:
+        size = self.size(index)
+        return centre_crop(*size, self.imgsz) if self.crop else letterbox_of(*size, self.imgsz, shape)
+
+    def _plain(self, index: int, shape: Shape) -> Picture:
+        letterbox = self._letterbox(index, shape)
+        if self.crop:
+            image, _, visible, labels = compose([self._source(index)], [place_of(letterbox)], shape, shape)
+            return Picture(image, visible, labels)
         fitted = fit(self._base(index), self.imgsz)
-        letterbox = letterbox_of(*self.size(index), self.imgsz, shape)
         sample = self.samples[index]
         return Picture(paste(fitted, shape, letterbox), letterbox.to_network(sample.boxes), sample.labels.copy())
 
     def _augmented(self, index: int, shape: Shape, augment: Augment, rng: np.random.Generator) -> Picture:
+        if self.crop:
+            return cropped(self._source(index), shape, augment, rng)
         indices = np.array([index])
         if rng.random() < augment.mosaic:
             indices = rng.permutation(np.append(indices, rng.choice(self._near(index), size=3)))
@@ -208,13 +231,13 @@ class DetectionSet(Dataset[Item]):
 
     def _source(self, index: int) -> Source:
         """The image in pixels of `_base`, which is read when it is seen."""
-        size, sample = self.size(index), self.samples[index]
-        width, height = fitted_size(*size, self.imgsz) if max(size) > self.imgsz else size
+        size, sample, longest = self.size(index), self.samples[index], self._longest(index)
+        width, height = fitted_size(*size, longest) if max(size) > longest else size
         stretch = np.array([width / size[0], height / size[1]] * 2, np.float32)
         return Source(width, height, sample.boxes * stretch, sample.labels, partial(self._base, index, remember=True))
 
     def _base(self, index: int, remember: bool = False) -> np.ndarray:
-        """The image, scaled down to `imgsz` where it is larger; `remember` it for the next items."""
+        """The image, scaled down to `_longest` where it is larger; `remember` it for the next items."""
         key = index, self._reduction(index)
         if key in self._cache:
             return self._cache[key]
@@ -231,22 +254,28 @@ class DetectionSet(Dataset[Item]):
                 del self._recent[next(iter(self._recent))]
         return image
 
+    def _longest(self, index: int) -> int:
+        """The longer side of the image `index`, in pixels, that it is scaled down to where it is larger."""
+        if not self.crop:
+            return self.imgsz
+        return longest_side(*self.size(index), self._side)
+
     def _reduction(self, index: int) -> int:
         """By what a JPEG's sides can be divided while it is decoded: only for training, and of much larger images."""
         if self.augment is None or self.samples[index].path.suffix.lower() not in (".jpg", ".jpeg"):
             return 1
-        size = self.size(index)
-        fits = (n for n in (8, 4, 2) if max(size) >= n * self.imgsz and all(side % n == 0 for side in size))
+        size, longest = self.size(index), self._longest(index)
+        fits = (n for n in (8, 4, 2) if max(size) >= n * longest and all(side % n == 0 for side in size))
         return next(fits, 1)
 
     def _decoded(self, index: int, reduction: int) -> np.ndarray:
         image = read_image(self.samples[index].path, reduction)
         self._sizes[index] = image.shape[1] * reduction, image.shape[0] * reduction
-        return shrink(image, self.imgsz)
+        return shrink(image, self._longest(index))
 
     def _stored(self, index: int, reduction: int) -> np.ndarray:
         """The image from the cache on disk, which is written where it is missing, cut off or of an older file."""
-        path = cached_path(self.samples[index].path, self.imgsz, reduction)
+        path = cached_path(self.samples[index].path, self._longest(index), reduction)
         try:
             image = np.load(path, mmap_mode="r", allow_pickle=False)
             if image.dtype == np.uint8 and image.ndim == 3:
@@ -265,7 +294,7 @@ def order(count: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, ORDER)).permutation(count)
 
 
-def cached_path(path: Path, imgsz: int, reduction: int) -> Path:
+def cached_path(path: Path, longest: int, reduction: int) -> Path:
     """Where the cache on disk keeps an image: under another name as soon as its file's size or time changes.
 
     Raises:
@@ -275,6 +304,6 @@ def cached_path(path: Path, imgsz: int, reduction: int) -> Path:
         found = path.stat()
     except OSError:
         raise Fault(f"{path}: there is no such image; correct the list, or put the image there") from None
-    told = "\0".join(map(str, (CACHE_VERSION, path.resolve(), found.st_size, found.st_mtime_ns, imgsz, reduction)))
+    told = "\0".join(map(str, (CACHE_VERSION, path.resolve(), found.st_size, found.st_mtime_ns, longest, reduction)))
     name = hashlib.sha256(told.encode()).hexdigest()[:32]
     return cache_folder() / "images" / name[:2] / f"{name}.npy"

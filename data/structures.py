@@ -44,6 +44,8 @@ def _none_of(shape: tuple[int, ...], kind: type) -> np.ndarray:
 class Sample:
     """One labelled image on disk: boxes ``[M, 4]`` float32 in pixels of the original image, labels ``[M]`` int64.
 
+    An image that is of a class as a whole has one box, which fills it.
+
     Attributes:
         areas: ``[M]`` float64 square pixels of the objects themselves, where the file knows them (COCO's are those of
             the outline); None: the area of the box.
@@ -103,6 +105,17 @@ class Detections:
     """What was found in one image: boxes ``[K, 4]``, scores ``[K]`` in [0, 1] falling, labels ``[K]`` int64."""
 
     boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What one image may show as a whole: scores ``[K]`` in [0, 1] falling, labels ``[K]`` int64."""
+
     scores: Tensor
     labels: Tensor
 

@@ -1,4 +1,4 @@
-"""Pictures for people: boxes on an image, and a grid of a training batch. Pixels are uint8 RGB ``[H, W, 3]``."""
+"""Pictures for people: boxes or classes on an image, a grid of a training batch. Pixels are uint8 RGB ``[H, W, 3]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from data.structures import Detections, Fault, Targets
+from data.structures import Detections, Fault, Ranking, Targets
 from engine.runs import atomically
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -43,15 +43,30 @@ def draw_box(image: np.ndarray, box: Sequence[float], color: Color, text: str = 
     cv2.rectangle(image, (x1, y1), (x2, y2), color, thickness)
     if not text:
         return
-    scale, weight = max(0.4, thickness * 0.25), max(1, thickness // 2)
+    text_width, room = text_size(text, thickness)
+    left = max(0, min(x1, width - text_width))
+    draw_text(image, left, y1 - room if y1 >= room else max(0, y1), text, color, thickness)
+
+
+def text_size(text: str, thickness: int) -> tuple[int, int]:
+    """Width and height of a text on its background, beside lines of this thickness."""
+    (width, height), below = cv2.getTextSize(text, FONT, *_letters(thickness))
+    return width + 4, height + below + 2
+
+
+def draw_text(image: np.ndarray, left: int, top: int, text: str, color: Color, thickness: int) -> None:
+    """Draw a text on a filled background into ``image`` itself, in black or white, whichever can be read."""
+    scale, weight = _letters(thickness)
     (text_width, text_height), below = cv2.getTextSize(text, FONT, scale, weight)
-    room = text_height + below + 2
-    left = max(0, min(x1, width - text_width - 4))
-    top = y1 - room if y1 >= room else max(0, y1)
-    cv2.rectangle(image, (left, top), (left + text_width + 4, top + room), color, cv2.FILLED)
+    corner = (left + text_width + 4, top + text_height + below + 2)
+    cv2.rectangle(image, (left, top), corner, color, cv2.FILLED)
     luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     ink = (0, 0, 0) if luminance > 140 else (255, 255, 255)
     cv2.putText(image, text, (left + 2, top + text_height + 1), FONT, scale, ink, weight, cv2.LINE_AA)
+
+
+def _letters(thickness: int) -> tuple[float, int]:
+    return max(0.4, thickness * 0.25), max(1, thickness // 2)
 
 
 def draw_detections(
@@ -73,6 +88,31 @@ def draw_detections(
     for box, score, label in reversed(list(rows)):
         text = f"{names[label]} {score:.2f}" if show_scores else names[label]
         draw_box(picture, box, class_color(label), text if show_labels else "", thickness)
+    return picture
+
+
+def draw_ranking(
+    image: np.ndarray,
+    found: Ranking,
+    names: Sequence[str],
+    thickness: int = 0,
+    *,
+    show_labels: bool = True,
+    show_scores: bool = True,
+) -> np.ndarray:
+    """A copy of ``image`` with the likeliest classes in its corner, the best on top, as many as there is room for.
+
+    The options are those of `draw_detections`.
+    """
+    picture = np.array(image, order="C")
+    thickness = thickness or auto_thickness(*picture.shape[:2])
+    top = 0
+    for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True):
+        text = f"{names[label]} {score:.2f}" if show_scores else names[label]
+        _, room = text_size(text, thickness)
+        if show_labels and (top == 0 or top + room <= picture.shape[0]):
+            draw_text(picture, 0, top, text, class_color(label), thickness)
+        top += room
     return picture
 
 

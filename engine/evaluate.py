@@ -1,7 +1,8 @@
-"""How good a detector is: COCO's twelve numbers, and how long an image takes.
+"""How good a detector is: COCO's twelve numbers, and how long an image takes. And val.py, for every task.
 
 The metric is pycocotools', or faster-coco-eval's where that is installed (the ``fast`` extra): the same numbers to
-1e-6, several times sooner. VOC's numbers are in `engine.voc`, the pictures in `engine.plots`.
+1e-6, several times sooner. VOC's numbers are in `engine.voc`, a classifier's in `engine.classify`, the pictures in
+`engine.plots`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import time
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, astuple, dataclass, field, replace
@@ -23,11 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.config import read_data_spec
+from data.config import DataSpec, read_data_spec
 from data.dataset import DetectionSet
 from data.images import image_size
 from data.loader import batches
-from data.readers import read_split
+from data.readers import Split, read_split
 from data.structures import Batch, Detections, Fault, Letterbox, Sample
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.nms import nms
@@ -75,6 +77,11 @@ class Metrics:
     images: int
     ms_per_image: dict[str, float] = field(default_factory=dict)
     per_class_sizes: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def fitness(self) -> float:
+        """What ``best.pt`` is best in: ``0.9 AP + 0.1 AP50``, as in yolov5."""
+        return 0.9 * self.ap + 0.1 * self.ap50
 
     def table(self) -> str:
         """AP and AP50 of all classes together, then of each class, in aligned columns."""
@@ -491,14 +498,15 @@ def class_table(metrics: Metrics, voc: VocMetrics) -> str:
 
 def metrics_json(metrics: Metrics, voc: VocMetrics) -> str:
     """All numbers by name; what is nan is null."""
-    return json.dumps(_without_nan({"coco": asdict(metrics), "voc": asdict(voc)}), indent=1) + "\n"
+    return json.dumps(without_nan({"coco": asdict(metrics), "voc": asdict(voc)}), indent=1) + "\n"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same with null, as JSON has it, for nan."""
     if isinstance(value, dict):
-        return {name: _without_nan(part) for name, part in value.items()}
+        return {name: without_nan(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
+        return [without_nan(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -533,9 +541,72 @@ def check_thresholds(conf: float, iou: float, max_det: int) -> None:
         raise Fault(f"--max-det {max_det}: must be at least 1")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What val.py is asked: its options, and what was read for them."""
+
+    options: Namespace
+    network: Network  # on the device, in half precision where that is asked for
+    data: DataSpec
+    split: Split
+    imgsz: int
+    device: torch.device
+
+
+def validate_detector(asked: Asked) -> None:
+    """Measures a detector, prints its numbers, and writes what is asked for into a folder of its own."""
+    options, split = asked.options, asked.split
+    if options.conf_thres > HIGH_CONFIDENCE:
+        print(f"--conf-thres {options.conf_thres}: AP counts low scores too and comes out too low; 0.001 is usual")
+    names = ONE_CLASS if options.single_cls else asked.data.names
+    samples = as_one_class(split.samples) if options.single_cls else split.samples
+    dataset = DetectionSet(samples, asked.imgsz, None, seed=0, cache=False, rect=options.rect)
+    found, ms_per_image = detections_of(
+        asked.network,
+        dataset,
+        batch_size=options.batch_size,
+        conf=options.conf_thres,
+        iou=options.iou_thres,
+        max_det=options.max_det,
+        agnostic=options.agnostic_nms,
+        one_class=options.single_cls,
+        device=asked.device,
+        workers=options.workers,
+        corner=options.letterbox == "corner",
+    )
+    metrics = replace(coco_metrics(samples, found, names), ms_per_image=ms_per_image)
+    voc = voc_metrics(samples, found, names)
+    print(class_table(metrics, voc), metrics.summary(), sep="\n\n")
+    print(f"P and R are precision and recall at IoU .5 where their mean F1 is best: {voc.best.line()}")
+
+    folder = new_run(options.project, options.name, options.exist_ok)
+    write_text(folder / "metrics.json", metrics_json(metrics, voc))
+    if options.save_json:
+        given = None if options.single_cls else split.category_ids
+        rows = coco_results(samples, found, given or range(len(names)))
+        write_text(folder / "predictions.json", json.dumps(rows))
+    if options.save_txt:
+        pairs = zip(file_names(samples), samples, found, strict=True)
+        for name, sample, kept in tqdm(pairs, "writing labels", len(samples), unit="image", delay=2, leave=False):
+            file = folder / "labels" / f"{name}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, label_lines(kept, image_size(sample.path), scores=options.save_conf))
+    if not options.noplots:
+        draw_evaluation(folder, samples, found, names)
+    print(f"results in {folder}")
+
+
 @door
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = option_parser("Measures a trained detector on a labelled data set: COCO's twelve numbers and each class.")
+    from engine.tasks import (
+        check_data,
+        check_given,
+        task_of,
+    )  # which knows how each task is measured, detection by this file
+
+    parser = option_parser(
+        "Measures a trained network on a labelled data set: COCO's twelve numbers, or top-1 and top-5, and each class."
+    )
     parser.add_argument("--weights", required=True, help="a checkpoint (.pt) that train.py wrote")
     parser.add_argument("--data", required=True, help="the data set's YAML")
     parser.add_argument("--split", "--task", default="val", choices=["train", "val", "test"], help="default: val")
@@ -573,7 +644,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Fault("--half: half precision needs a GPU, and this is a CPU; leave --half out")
 
     checkpoint = load_checkpoint(options.weights)
+    task = task_of(checkpoint.spec)
+    check_given(task, options, parser)
     data = read_data_spec(options.data)
+    check_data(checkpoint.spec, data)
     if not options.single_cls:
         check_names(options.weights, checkpoint.names, options.data, data.names)
     network = restore(checkpoint).to(device)
@@ -582,42 +656,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     split = read_split(data, options.split)
     for note in split.notes:
         print(note)
-    if options.conf_thres > HIGH_CONFIDENCE:
-        print(f"--conf-thres {options.conf_thres}: AP counts low scores too and comes out too low; 0.001 is usual")
-    names = ONE_CLASS if options.single_cls else data.names
-    samples = as_one_class(split.samples) if options.single_cls else split.samples
-    dataset = DetectionSet(samples, imgsz, None, seed=0, cache=False, rect=options.rect)
-    found, ms_per_image = detections_of(
-        network,
-        dataset,
-        batch_size=options.batch_size,
-        conf=options.conf_thres,
-        iou=options.iou_thres,
-        max_det=options.max_det,
-        agnostic=options.agnostic_nms,
-        one_class=options.single_cls,
-        device=device,
-        workers=options.workers,
-        corner=options.letterbox == "corner",
-    )
-    metrics = replace(coco_metrics(samples, found, names), ms_per_image=ms_per_image)
-    voc = voc_metrics(samples, found, names)
-    print(class_table(metrics, voc), metrics.summary(), sep="\n\n")
-    print(f"P and R are precision and recall at IoU .5 where their mean F1 is best: {voc.best.line()}")
-
-    folder = new_run(options.project, options.name, options.exist_ok)
-    write_text(folder / "metrics.json", metrics_json(metrics, voc))
-    if options.save_json:
-        given = None if options.single_cls else split.category_ids
-        rows = coco_results(samples, found, given or range(len(names)))
-        write_text(folder / "predictions.json", json.dumps(rows))
-    if options.save_txt:
-        pairs = zip(file_names(samples), samples, found, strict=True)
-        for name, sample, kept in tqdm(pairs, "writing labels", len(samples), unit="image", delay=2, leave=False):
-            file = folder / "labels" / f"{name}.txt"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, label_lines(kept, image_size(sample.path), scores=options.save_conf))
-    if not options.noplots:
-        draw_evaluation(folder, samples, found, names)
-    print(f"results in {folder}")
+    task.validate(Asked(options, network, data, split, imgsz, device))
     return 0

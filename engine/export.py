@@ -38,9 +38,11 @@ from data.shapes import draw_image
 from data.structures import Detections, Fault
 from engine.doors import door, option_parser, parse_options
 from engine.evaluate import check_imgsz, check_thresholds
-from engine.nms import nms, pairwise_iou
+from engine.nms import nms
 from engine.runs import atomically
 from engine.sources import find_files
+from engine.tasks import task_of
+from models.boxes import pairwise_iou
 from models.checkpoint import Checkpoint, load_checkpoint, restore
 from models.cost import count_params
 from models.fuse import fuse
@@ -492,6 +494,9 @@ def export(
 ) -> Iterator[str]:
     """Write, check and time a file; yields a line for each. Raises a `Fault`, and leaves no file, where it differs."""
     checkpoint = load_checkpoint(weights)
+    task = task_of(checkpoint.spec)
+    if task.name != "detect":
+        raise Fault(f"{weights}: {task.network}; export.py writes detectors only")
     network = restore(checkpoint)
     side = check_imgsz(imgsz or checkpoint.imgsz, network.max_stride)
     images = check_images(source, side)

@@ -1,4 +1,4 @@
-"""Detection as a user meets it: ``model = load("best.pt")``, ``model("street.jpg")``, and the command detect.py."""
+"""A network as a user meets it: ``model = load("best.pt")``, ``model("street.jpg")``, and the command detect.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import structures
-from data.augment import fit, letterbox_of, paste
+from data.augment import fit, letterbox_of, middle, paste
 from data.structures import Fault, Letterbox, nearest
+from engine.classify import ranking
 from engine.doors import door, option_parser, parse_device, parse_options, told
-from engine.draw import draw_detections
+from engine.draw import draw_detections, draw_ranking
 from engine.evaluate import check_imgsz, check_thresholds, timed, times_line, to_original
 from engine.export import OnnxFile, Suppression, read_onnx
 from engine.nms import nms
@@ -31,6 +32,7 @@ from engine.overlap import ahead, behind
 from engine.results import DOCUMENT, LABELS, TABLE, Wanted, check_windows, write_results
 from engine.runs import new_run, table
 from engine.sources import End, Frame, Source, check_codec, find_sources, read_picture, read_sources
+from engine.tasks import TASKS, check_given, task_of
 from models.checkpoint import load_checkpoint, restore
 from models.fuse import fuse
 from models.network import Network
@@ -76,11 +78,42 @@ class Detections:
 
 
 @dataclass(frozen=True, eq=False)
+class Classes:
+    """What an image may show as a whole: the five likeliest classes, best first.
+
+    Attributes:
+        scores: ``[K]`` float32 in 0 to 1; of all classes of the network they sum to 1.
+        labels: ``[K]`` int64, places in ``names``.
+        names: the classes of the network.
+        image: the picture itself, uint8 RGB ``[H, W, 3]``.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+    image: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes."""
+        return [self.names[label] for label in self.labels]
+
+    def draw(self, thickness: int = 0, *, scores: bool = True) -> np.ndarray:
+        """A copy of the image with the classes in its corner, and the scores unless told otherwise; RGB."""
+        found = structures.Ranking(torch.from_numpy(self.scores), torch.from_numpy(self.labels))
+        return draw_ranking(self.image, found, self.names, thickness, show_scores=scores)
+
+
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A detector that takes images as they are and answers in their own pixels. `load` makes it.
+    """A network that takes images as they are and answers in their own pixels. `load` makes it.
 
     An image is scaled so that its longer side is ``imgsz``, and padded with grey to the next multiple of the network's
-    stride; to a square where an exported file takes nothing else, or without ``rect``. ``names`` are the classes.
+    stride; to a square where an exported file takes nothing else, or without ``rect``. ``names`` are the classes. Of a
+    classifier's image the middle fills a square of ``imgsz``.
     """
 
     network: Network | OnnxFile
@@ -89,6 +122,7 @@ class Model:
     device: torch.device = torch.device("cpu")
     half: bool = False
     rect: bool = True
+    task: str = "detect"
 
     def __call__(
         self,
@@ -100,17 +134,22 @@ class Model:
         classes: Sequence[int | str] | None = None,
         agnostic: bool = False,
         batch_size: int = 1,
-    ) -> Detections | list[Detections]:
-        """What is in an image, a path or uint8 RGB ``[H, W, 3]``; for a list of them a list in the same order.
+    ) -> Any:
+        """The `Detections` in an image, a path or uint8 RGB ``[H, W, 3]``; for a list of them a list in the same order.
 
         Scores above ``conf`` (.25) count, boxes of a class that overlap by more than ``iou`` (.45) are one object, and
         ``max_det`` (300) are the most of an image; a file that suppresses by itself has values of its own in place of
         these. ``classes`` keeps these classes, by name or number. ``agnostic`` compares boxes of all classes. Images of
         a batch share the smallest rectangle that holds them all. Raises a Fault for what is no image.
+
+        A classifier gives the `Classes` of an image, and has none of these options.
         """
         if isinstance(images, np.ndarray | str | Path):
-            alone = self([images], conf, iou, max_det=max_det, classes=classes, agnostic=agnostic)
-            return cast("list[Detections]", alone)[0]
+            return self([images], conf, iou, max_det=max_det, classes=classes, agnostic=agnostic)[0]
+        if self.task == "classify":
+            if (conf, iou, max_det, classes, agnostic) != (None, None, None, None, False):
+                raise Fault("conf, iou, max_det, classes and agnostic mean nothing to a classifier; leave them out")
+            return self.classified(images, batch_size)
         asked = asked_of(self, conf, iou, max_det, agnostic=agnostic)
         labels = class_labels(None if classes is None else [str(entry) for entry in classes], self.names)
         results: list[Detections] = []
@@ -122,11 +161,23 @@ class Model:
                 results.append(Detections(boxes, scores, found_labels, self.names, picture))
         return results
 
+    def classified(self, images: Sequence[np.ndarray | str | Path], batch_size: int = 1) -> list[Classes]:
+        """What each of some images may show as a whole."""
+        results = []
+        for start in range(0, len(images), batch_size):
+            pictures = [picture_of(image) for image in images[start : start + batch_size]]
+            for picture, one in zip(pictures, self.rank(self.prepare(pictures)[0]), strict=True):
+                results.append(Classes(one.scores.numpy(), one.labels.numpy(), self.names, picture))
+        return results
+
     def prepare(self, pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[Letterbox]]:
         """RGB pictures as one batch for `find`, and how each was scaled and padded.
 
         The batch is ``[N, 3, H, W]`` uint8, channels last in memory, in which a CPU convolves a fourth faster.
         """
+        if TASKS[self.task].crops:
+            squares, places = zip(*(middle(picture, self.imgsz) for picture in pictures), strict=True)
+            return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2), list(places)
         stride = self.network.max_stride
         fitted = [fit(picture, self.imgsz) for picture in pictures]
         shape = (self.imgsz, self.imgsz)
@@ -170,6 +221,14 @@ class Model:
                 found.append(to_original(kept, letterbox))
         return found
 
+    @torch.inference_mode()
+    def rank(self, batch: Tensor, seconds: dict[str, float] | None = None) -> list[structures.Ranking]:
+        """The likeliest classes of each picture of a batch, on the CPU. ``seconds`` collects the time."""
+        with timed(defaultdict(float) if seconds is None else seconds, "network", self.device):
+            images = batch.to(self.device)
+            scores = cast(Any, self.network.predict((images.half() if self.half else images.float()) / 255))
+            return [ranking(row) for row in scores]
+
 
 def load(
     weights: str | Path,
@@ -179,7 +238,7 @@ def load(
     half: bool = False,
     rect: bool = True,
 ) -> Model:
-    """The detector in a checkpoint (.pt), or in a file that export.py wrote (.onnx).
+    """The network in a checkpoint (.pt), or the detector in a file that export.py wrote (.onnx).
 
     ``imgsz`` is the one it was trained with unless given. ``half`` computes in float16, on a GPU. ``rect`` off pads
     images to squares. Raises a Fault.
@@ -201,7 +260,8 @@ def load(
     network = restore(checkpoint)
     side = check_imgsz(imgsz or checkpoint.imgsz, network.max_stride)
     fused = fuse(network).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Model(fused.half() if half else fused, checkpoint.names, side, device, half, rect)
+    task = task_of(checkpoint.spec).name
+    return Model(fused.half() if half else fused, checkpoint.names, side, device, half, rect, task)
 
 
 def picture_of(image: np.ndarray | str | Path) -> np.ndarray:
@@ -294,9 +354,17 @@ def detections_table(scores_by_label: dict[int, list[float]], names: Sequence[st
     return table(rows, ("class", "count", "mean score")) if rows else "nothing found"
 
 
+def ranking_line(frame: Frame, found: structures.Ranking, names: Sequence[str]) -> str:
+    """``beach.jpg: beach 0.912, harbor 0.041, ...``"""
+    rows = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
+    return f"{frame.source.shown}: " + ", ".join(f"{names[label]} {score:.3f}" for label, score in rows)
+
+
 @door
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = option_parser("Finds objects in images, videos and streams, draws them, and writes them down.")
+    parser = option_parser(
+        "Finds objects, or tells classes, in images, videos and streams, draws them, and writes them down."
+    )
     parser.add_argument("--weights", required=True, help="a checkpoint (.pt), or what export.py wrote of one (.onnx)")
     parser.add_argument(
         "--source", required=True, help="image, video, folder, glob in quotes, .txt list, 0 (camera), rtsp://..., -"
@@ -344,6 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_windows()
     device = parse_device(options.device)
     model = load(options.weights, device, options.imgsz, half=options.half, rect=not options.square)
+    check_given(TASKS[model.task], options, parser)
     asked = asked_of(model, options.conf_thres, options.iou_thres, options.max_det, agnostic=options.agnostic_nms)
     classes = class_labels(options.classes, model.names)
     wanted = Wanted(
@@ -385,10 +454,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=0, desc="detect", unit="image", leave=False))
             write = stack.enter_context(
-                write_results(folder, model.names, wanted, tell, view if options.view else None)
+                write_results(folder, model.names, wanted, tell, view if options.view else None, model.task)
             )
 
-            def work(done: tuple[Prepared, list[structures.Detections]]) -> None:
+            def work(done: tuple[Prepared, list[Any]]) -> None:
                 """Write down what was found in a batch; in a thread of its own."""
                 nonlocal images
                 turn, results = done[0], iter(done[1])
@@ -400,7 +469,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                         found = next(results)
                         write(item, found)
                         images += 1
-                        for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True):
+                        pairs = list(zip(found.labels.tolist(), found.scores.tolist(), strict=True))
+                        if model.task == "classify":
+                            if not item.source.moves:
+                                tqdm.write(ranking_line(item, found, model.names))
+                            pairs = pairs[:1]
+                        for label, score in pairs:
                             scores_by_label[label].append(score)
 
             # a window belongs to the main thread
@@ -408,8 +482,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             items = read_sources(sources, options.vid_stride)
             batches = stack.enter_context(ahead(prepared(items, model, options.batch_size, seconds), AHEAD))
             for turn in batches:
-                found: list[structures.Detections] = []
-                if turn.batch is not None:
+                found: list[Any] = []
+                if turn.batch is not None and model.task == "classify":
+                    found = model.rank(turn.batch, seconds)
+                elif turn.batch is not None:
                     found = model.find(
                         turn.batch,
                         turn.letterboxes,

@@ -48,12 +48,40 @@ def draw_evaluation(
     _draw_precision(folder / "PR_curve.png", found, names)
     _draw_f1(folder / "F1_curve.png", found, names)
     verdicts = [outcomes(truth, seen) for truth, seen in zip(samples, detections, strict=True)]
-    _draw_confusion(folder / "confusion_matrix.png", confusion(verdicts, len(names)), names)
+    title = f"confidence > {CONFIDENCE}, IoU > {IOU}"
+    matrix = confusion(verdicts, len(names))
+    _draw_confusion(folder / "confusion_matrix.png", matrix, [*names, "background"], title)
     places = worst(verdicts, WORST_IMAGES)
     if places:
         write_image(folder / "worst.jpg", _worst_picture(places, samples, detections, verdicts, names))
     else:
         (folder / "worst.jpg").unlink(missing_ok=True)
+
+
+def draw_classification(
+    folder: str | Path, samples: Sequence[Sample], scores_NC: np.ndarray, names: Sequence[str]
+) -> None:
+    """``confusion_matrix.png`` and ``worst.jpg`` of a classifier's probabilities, in a folder that exists.
+
+    Without an image that was taken for another class there is no ``worst.jpg``.
+    """
+    folder, truths_N = Path(folder), np.array([sample.labels[0] for sample in samples])
+    right = float((scores_NC.argmax(axis=1) == truths_N).mean())
+    title = f"{len(samples)} images, top-1 {right:.3f}"
+    _draw_confusion(folder / "confusion_matrix.png", class_confusion(truths_N, scores_NC), names, title)
+    places = least_likely(truths_N, scores_NC, 2 * WORST_IMAGES)
+    if places:
+        write_image(folder / "worst.jpg", _worst_classes(places, samples, scores_NC, names))
+    else:
+        (folder / "worst.jpg").unlink(missing_ok=True)
+
+
+def draw_classes(path: str | Path, samples: Sequence[Sample], names: Sequence[str]) -> None:
+    """How many images each class has."""
+    counts = instances(samples, len(names))
+    figure = _figure(max(8.0, 0.16 * len(names)), 5.0)
+    _draw_counts(figure.subplots(), counts, names, "images")
+    _save(figure, Path(path))
 
 
 def draw_labels(path: str | Path, samples: Sequence[Sample], names: Sequence[str]) -> None:
@@ -137,6 +165,20 @@ def worst(verdicts: Sequence[Outcomes], count: int) -> list[int]:
     """Places of the images with the most mistakes, most first, those with the same number in their order."""
     order = sorted(range(len(verdicts)), key=lambda place: -verdicts[place].mistakes)
     return [place for place in order[:count] if verdicts[place].mistakes]
+
+
+def class_confusion(truths_N: np.ndarray, scores_NC: np.ndarray) -> np.ndarray:
+    """Counts ``[C, C]`` of images: the row is the likeliest class, the column the true one."""
+    matrix = np.zeros((scores_NC.shape[1],) * 2, dtype=np.int64)
+    np.add.at(matrix, (scores_NC.argmax(axis=1), truths_N), 1)
+    return matrix
+
+
+def least_likely(truths_N: np.ndarray, scores_NC: np.ndarray, count: int) -> list[int]:
+    """Places of the images that were taken for another class, first those whose own was the least likely."""
+    wrong = np.flatnonzero(scores_NC.argmax(axis=1) != truths_N)
+    order = np.argsort(scores_NC[wrong, truths_N[wrong]], kind="stable")
+    return [int(place) for place in wrong[order][:count]]
 
 
 @dataclass(frozen=True)
@@ -262,8 +304,8 @@ def _draw_f1(path: Path, found: Sequence[Curve], names: Sequence[str]) -> None:
     _draw_lines(path, CONFIDENCES, rows, shown, mean, title, ("confidence", "F1 at IoU .5"), mark)
 
 
-def _draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
-    """Colours are shares of the column: of all objects of a class, how many were taken for what."""
+def _draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str], title: str) -> None:
+    """Colours are shares of the column: of all that is of a class, how much was taken for what."""
     count = len(matrix)
     side = min(30.0, max(5.0, 2.0 + 0.24 * count if count > NUMBER_CLASSES else 2.5 + 0.45 * count))
     shares = matrix / np.maximum(matrix.sum(axis=0), 1)
@@ -271,10 +313,10 @@ def _draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> Non
     axes = figure.subplots()
     picture = axes.imshow(np.where(matrix > 0, shares, np.nan), cmap="Blues", vmin=0, vmax=1)
     size = 7 if count > NUMBER_CLASSES else 9
-    _named_ticks(axes.xaxis, [*names, "background"], size, rotation=90)
-    _named_ticks(axes.yaxis, [*names, "background"], size)
+    _named_ticks(axes.xaxis, names, size, rotation=90)
+    _named_ticks(axes.yaxis, names, size)
     axes.set(xlabel="true", ylabel="predicted")
-    axes.set_title(f"confidence > {CONFIDENCE}, IoU > {IOU}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="0.9", linewidth=0.5)
@@ -288,13 +330,9 @@ def _draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> Non
 
 
 def _draw_statistics(path: Path, counts: np.ndarray, statistics: LabelStatistics, names: Sequence[str]) -> None:
-    many = len(names) > NUMBER_CLASSES
     figure = _figure(max(11.0, 0.16 * len(names)), 10.0)
     bars, *rest = figure.subplot_mosaic("AAA;BCD", height_ratios=(1, 1)).values()
-    bars.bar(range(len(counts)), counts, color=[_color(label) for label in range(len(counts))])
-    _named_ticks(bars.xaxis, names, 7 if many else 9, rotation=90 if len(names) > 6 else 0)
-    bars.set(ylabel="objects", title=f"{int(counts.sum())} objects")
-    bars.set_xlim(-0.6, max(len(names) - 0.4, 5.6))  # few bars are no walls
+    _draw_counts(bars, counts, names, "objects")
     centres, sizes, aspects = rest
     for axes, points, words in (
         (centres, statistics.centres, ("x of the centre / image width", "y of the centre / image height")),
@@ -312,6 +350,15 @@ def _draw_statistics(path: Path, counts: np.ndarray, statistics: LabelStatistics
     aspects.set_xticks(range(-4, 5, 2), ["1:16", "1:4", "1:1", "4:1", "16:1"])
     aspects.set(xlabel="width : height", ylabel="boxes")
     _save(figure, path)
+
+
+def _draw_counts(axes: Any, counts: np.ndarray, names: Sequence[str], what: str) -> None:
+    """A bar a class."""
+    axes.bar(range(len(counts)), counts, color=[_color(label) for label in range(len(counts))])
+    size = 7 if len(names) > NUMBER_CLASSES else 9
+    _named_ticks(axes.xaxis, names, size, rotation=90 if len(names) > 6 else 0)
+    axes.set(ylabel=what, title=f"{int(counts.sum())} {what}")
+    axes.set_xlim(-0.6, max(len(names) - 0.4, 5.6))  # few bars are no walls
 
 
 # ---- worst.jpg
@@ -339,11 +386,7 @@ def _compared(truth: Sample, found: Detections, verdict: Outcomes, names: Sequen
 
     Only mistakes are named, or their names would lie under those of the others.
     """
-    image = read_image(truth.path)
-    height, width = image.shape[:2]
-    scale = min((CELL_WIDTH - 4) / width, (CELL_HEIGHT - 4) / height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    image, scale = _in_cell(truth.path)
     left, right = image.copy(), image.copy()
     labels = found.labels.tolist()
     agreed = {(int(box), int(thing)) for box, thing in verdict.pairs if labels[box] == truth.labels[thing]}
@@ -360,19 +403,56 @@ def _compared(truth: Sample, found: Detections, verdict: Outcomes, names: Sequen
     words = f"{shown_name(truth.path.name, 30)}: {missed} missed, {wrong} wrong"
     strip = np.full((CELL_HEIGHT + CAPTION, 2 * CELL_WIDTH, 3), 255, np.uint8)
     for place, picture in enumerate((left, right)):
-        top, start = CAPTION + (CELL_HEIGHT - size[1]) // 2, place * CELL_WIDTH + (CELL_WIDTH - size[0]) // 2
-        strip[top : top + size[1], start : start + size[0]] = picture
+        _put(strip, picture, place * CELL_WIDTH, CAPTION)
     _write(strip, words, 4)
     _write(strip, "found", CELL_WIDTH + 4)
     return strip
+
+
+def _worst_classes(
+    places: Sequence[int], samples: Sequence[Sample], scores_NC: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """Up to four images a row; above each its own class, then the likeliest ones, with their probabilities."""
+    cells = [_classed(samples[at], scores_NC[at], names) for at in places]
+    columns = min(len(cells), 4)
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[at : at + columns], axis=1) for at in range(0, len(cells), columns)]
+    return np.concatenate(rows)
+
+
+def _classed(truth: Sample, scores_C: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    image, _ = _in_cell(truth.path)
+    cell = np.full((CELL_HEIGHT + 2 * CAPTION, CELL_WIDTH, 3), 255, np.uint8)
+    _put(cell, image, 0, 2 * CAPTION)
+    label, (first, second) = int(truth.labels[0]), np.argsort(-scores_C, kind="stable")[:2]
+    own, found, next_ = (f"{shown_name(names[at], 18)} {scores_C[at]:.2f}" for at in (label, first, second))
+    _write(cell, f"{shown_name(truth.path.name, 20)} is {own}", 4)
+    _write(cell, f"found: {found}" + (f", {next_}" if second != label else ""), 4, line=1)
+    return cell
+
+
+def _in_cell(path: Path) -> tuple[np.ndarray, float]:
+    """An image as large as a cell allows, and by what it was scaled."""
+    image = read_image(path)
+    height, width = image.shape[:2]
+    scale = min((CELL_WIDTH - 4) / width, (CELL_HEIGHT - 4) / height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR), scale
+
+
+def _put(sheet: np.ndarray, picture: np.ndarray, left: int, top: int) -> None:
+    """Into the middle of the cell at `left` and `top`."""
+    height, width = picture.shape[:2]
+    top, left = top + (CELL_HEIGHT - height) // 2, left + (CELL_WIDTH - width) // 2
+    sheet[top : top + height, left : left + width] = picture
 
 
 def _box(picture: np.ndarray, box: np.ndarray, color: tuple[int, int, int], text: str) -> None:
     draw_box(picture, box.tolist(), color, _plain(shown_name(text, 24)), thickness=2)
 
 
-def _write(picture: np.ndarray, text: str, left: int) -> None:
-    cv2.putText(picture, _plain(text), (left, CAPTION - 8), FONT, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+def _write(picture: np.ndarray, text: str, left: int, line: int = 0) -> None:
+    cv2.putText(picture, _plain(text), (left, (line + 1) * CAPTION - 8), FONT, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def _plain(text: str) -> str:

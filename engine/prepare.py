@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data.augment import Augment
+from data.augment import Augment, letterbox_of
 from data.config import DataSpec, read_data_spec
 from data.images import image_size
 from data.readers import Split, read_split
 from data.structures import Fault, Sample, nearest
 from engine.config import RunConfig, TrainConfig, option_name
 from engine.evaluate import ONE_CLASS, as_one_class, check_names
+from engine.tasks import check_data
 from models.anchors import best_possible_recall, fit_anchors, needs_anchors, with_anchors
 from models.checkpoint import Checkpoint, load_checkpoint, restore
 from models.distill import check_teacher
 from models.graph import load_graph, resolve
-from models.network import Network
+from models.heads.ssd import MOST_MEASURED, SSDHead
+from models.network import Network, build_plain
 from models.spec import ModelSpec
 
 Say = Callable[[str], None]
@@ -42,6 +45,8 @@ def read_data(config: TrainConfig) -> tuple[DataSpec, Split, Split]:
         raise Fault("--data is missing: the YAML of a data set, such as cfg/data/shapes.yaml, would be right")
     data = read_data_spec(config.data)
     train_split, val_split = read_labelled(data, "train"), read_labelled(data, "val")
+    if config.single_cls and data.format == "folders":
+        raise Fault(f"--single-cls: {data.path} has nothing but the classes of whole images; leave it out")
     if config.single_cls and len(data.names) > 1:
         data = replace(data, names=ONE_CLASS)
         train_split, val_split = (
@@ -99,6 +104,7 @@ def describe(
             say(f"note: {note}")
     else:
         spec = start.spec  # type: ignore[union-attr]
+    check_data(spec, data)
     if spec.num_classes != len(data.names):
         say(f"{spec.path}: nc {spec.num_classes} becomes {len(data.names)}, the classes of {data.path}")
         spec = replace(spec, num_classes=len(data.names))
@@ -106,12 +112,15 @@ def describe(
         spec = with_anchors_of(config.teacher, spec, say)
     elif has_anchors(spec) and (needs_anchors(spec) or not config.noautoanchor):
         spec = anchored(spec, samples, config, say)
+    note = prior_line(spec, samples, config.imgsz)
+    if note:
+        say(note)
     return spec
 
 
 def has_anchors(spec: ModelSpec) -> bool:
     """Whether the head reads any."""
-    return "anchors" in resolve(spec).nodes[-1].arguments
+    return resolve(spec).nodes[-1].arguments.get("anchors") is not None
 
 
 def with_anchors_of(teacher: Path, spec: ModelSpec, say: Say) -> ModelSpec:
@@ -154,6 +163,20 @@ def anchored(spec: ModelSpec, samples: Sequence[Sample], config: RunConfig, say:
         say(f"anchors of {spec.path}: {before:.1%} of {len(sizes)} boxes within reach; fitted ones reach no more")
         return spec
     return with_anchors(spec, anchors)
+
+
+def prior_line(spec: ModelSpec, samples: Sequence[Sample], imgsz: int) -> str | None:
+    """The best possible recall of a head whose priors answer by their overlap; None for any other head."""
+    node = resolve(spec).nodes[-1]
+    if node.op.module is not SSDHead:
+        return None
+    head = build_plain(node)
+    assert isinstance(head, SSDHead)
+    labelled = [sample for sample in samples if len(sample.boxes)]
+    some = labelled[:: math.ceil(len(labelled) / MOST_MEASURED)]
+    boxes = np.concatenate([letterbox_of(*image_size(one.path), imgsz).to_network(one.boxes) for one in some])
+    recall = head.best_possible_recall(torch.from_numpy(boxes), imgsz)
+    return f"best possible recall of the priors: {recall:.1%} of the boxes overlap one by {head.match:g} or more"
 
 
 def box_sizes(samples: Sequence[Sample], imgsz: int) -> np.ndarray:

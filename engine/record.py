@@ -20,9 +20,8 @@ from data.dataset import DetectionSet
 from data.loader import Batches
 from engine.distributed import World
 from engine.draw import grid, write_image
-from engine.evaluate import Metrics, detections_of
-from engine.plots import draw_evaluation, draw_labels
 from engine.runs import draw_curves, read_csv, write_text
+from engine.tasks import Task
 from models.checkpoint import load_checkpoint, restore
 
 if TYPE_CHECKING:
@@ -98,15 +97,16 @@ def git_state(root: Path) -> dict[str, Any] | None:
 # ---- what it saw
 
 
-def draw_beginning(folder: Path, loader: Batches, images: DetectionSet, names: Sequence[str]) -> None:
+def draw_beginning(folder: Path, task: Task, loader: Batches, images: DetectionSet, names: Sequence[str]) -> None:
     """``train_batch0.jpg`` and two more, as the network gets them, and ``labels.png``."""
     for number, batch in enumerate(islice(loader, SHOWN_BATCHES)):
         write_image(folder / f"train_batch{number}.jpg", grid(batch.images, batch.targets, names))
-    draw_labels(folder / "labels.png", images.samples, names)
+    task.draw_data(folder / "labels.png", images.samples, names)
 
 
 def draw_end(
     folder: Path,
+    task: Task,
     data: DataSpec,
     images: DetectionSet,
     device: torch.device,
@@ -117,15 +117,15 @@ def draw_end(
     progress: bool,
 ) -> None:
     """``results.png``, and what ``best.pt`` finds on the validation images: curves, confusions, worst images."""
-    draw_results(folder, parts)
+    draw_results(folder, parts, task.curves)
     best = restore(load_checkpoint(folder / "best.pt")).to(device)
-    found, _ = detections_of(best, images, batch_size=batch_size, device=device, workers=workers, progress=progress)
-    draw_evaluation(folder, images.samples, found, data.names)
+    options = {"batch_size": batch_size, "device": device, "workers": workers, "progress": progress}
+    task.draw_best(folder, best, images, data.names, **options)
 
 
-def draw_results(folder: Path, parts: Sequence[str]) -> None:
-    """``results.png`` from ``results.csv``; `parts` are the columns of the losses."""
-    panels = [list(parts), ["ap", "ap50", "ar100"], ["lr"]]
+def draw_results(folder: Path, parts: Sequence[str], numbers: Sequence[str]) -> None:
+    """``results.png`` from ``results.csv``; `parts` are the columns of the losses, `numbers` those of metrics."""
+    panels = [list(parts), list(numbers), ["lr"]]
     draw_curves(folder / "results.png", read_csv(folder / "results.csv"), panels)
 
 
@@ -141,19 +141,18 @@ def open_dashboard(folder: Path, epoch: int) -> SummaryWriter | None:
     return SummaryWriter(str(folder), purge_step=epoch + 1)
 
 
-def write_dashboard(writer: SummaryWriter, row: Mapping[str, Any], metrics: Metrics | None) -> None:
-    """A row of ``results.csv``, and the AP of every class."""
+def write_dashboard(writer: SummaryWriter, task: Task, row: Mapping[str, Any], metrics: Any) -> None:
+    """A row of ``results.csv``, and the numbers of every class where `metrics` is not None."""
     values = {name: value for name, value in row.items() if name not in ("epoch", "step") and value is not None}
-    for name, ap, ap50 in metrics.per_class if metrics else ():
-        values |= {f"ap of {name}": ap, f"ap50 of {name}": ap50}
+    values |= task.per_class(metrics) if metrics else {}
     for name, value in values.items():
         if not np.isnan(value):
-            writer.add_scalar(f"{group_of(name)}/{name}", value, row["epoch"])
+            writer.add_scalar(f"{group_of(name, task)}/{name}", value, row["epoch"])
     writer.flush()
 
 
-def group_of(name: str) -> str:
+def group_of(name: str, task: Task) -> str:
     """The heading under which TensorBoard shows a number."""
     if " of " in name:
         return "classes"
-    return "metrics" if name.startswith(("ap", "ar")) else "run" if name in ("lr", "seconds") else "loss"
+    return "metrics" if name in task.columns else "run" if name in ("lr", "seconds") else "loss"

@@ -1,4 +1,4 @@
-"""What detection leaves in its folder: pictures, videos, labels, crops and tables.
+"""What detect.py leaves in its folder: pictures, videos, labels, crops and tables.
 
 Whatever ends a run, every file in it is whole: pictures and labels appear when they are complete, a video with the
 frames that it has, and a table is valid after each row. Names of classes and files are strangers' text: they lead to
@@ -22,18 +22,21 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data.structures import Detections, Fault
-from engine.draw import draw_detections, write_image
+from data.structures import Detections, Fault, Ranking
+from engine.classify import ranked_rows, ranking_lines
+from engine.draw import draw_detections, draw_ranking, write_image
 from engine.evaluate import label_lines
 from engine.runs import atomically
 from engine.sources import End, Frame, Source, container, write_video
 
 LABELS, CROPS, TABLE, DOCUMENT = "labels", "crops", "predictions.csv", "predictions.json"
 COLUMNS = ("image", "frame", "class", "label", "score", "x1", "y1", "x2", "y2")
+RANKED_COLUMNS = ("image", "frame", "rank", "class", "label", "score")
 FORMULA = tuple("=+-@\t\r\n")  # what a spreadsheet takes for the start of a formula, or skips before one
 LONGEST = 80  # letters of a class in a folder's name
 
-Write = Callable[[Frame | End, Detections | None], None]
+Found = Any  # in a picture: `Detections`, or the `Ranking` of a classifier
+Write = Callable[[Frame | End, Found], None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,24 @@ class Wanted:
     vid_stride: int = 1
 
 
+@dataclass(frozen=True)
+class Form:
+    """How what was found in a picture is written down and drawn; one a task.
+
+    Attributes:
+        lines: the text of ``labels/*.txt``, of what was found in a picture and with or without scores.
+        columns: the names of what `csv_rows` gives.
+        json_row: an entry of predictions.json.
+        draw: a copy of a picture with what was found in it.
+    """
+
+    lines: Callable[[Frame, Found, bool], str]
+    columns: tuple[str, ...]
+    csv_rows: Callable[[Frame, Found, Sequence[str]], list[tuple[Any, ...]]]
+    json_row: Callable[[Frame, Found, Sequence[str]], dict[str, Any]]
+    draw: Callable[..., np.ndarray]
+
+
 @contextmanager
 def write_results(
     folder: Path,
@@ -60,12 +81,14 @@ def write_results(
     wanted: Wanted,
     tell: Callable[[Source, Fault], None],
     view: Callable[[Source, np.ndarray], None] | None = None,
+    task: str = "detect",
 ) -> Iterator[Write]:
-    """``write(frame, its detections)`` for each picture, ``write(end, None)`` behind the last one of a source.
+    """``write(frame, what was found)`` for each picture, ``write(end, None)`` behind the last one of a source.
 
     ``tell`` hears what was wrong with a source; the next ones are written all the same. ``view`` gets each picture with
     its boxes. An OSError, such as that of a full disk, goes on to the caller: after it nothing more can be written.
     """
+    form = FORMS[task]
     given_up: set[Source] = set()
     video = ExitStack()
     target: Path | None = None
@@ -99,10 +122,10 @@ def write_results(
         target, write_frame = None, None
 
     with ExitStack() as tables:
-        write_csv = tables.enter_context(growing(folder / TABLE, _csv([COLUMNS]))) if wanted.csv else None
+        write_csv = tables.enter_context(growing(folder / TABLE, _csv([form.columns]))) if wanted.csv else None
         write_json = tables.enter_context(growing_list(folder / DOCUMENT)) if wanted.json else None
 
-        def write(item: Frame | End, found: Detections | None) -> None:
+        def write(item: Frame | End, found: Found) -> None:
             if isinstance(item, End):
                 part = f"; the part before is in {target}" if target else ""
                 close_video(item.source)
@@ -113,16 +136,16 @@ def write_results(
             if wanted.txt:  # a file for every picture: an empty one says that nothing was found
                 path = folder / LABELS / f"{item.name}.txt"
                 with naming(path), atomically(path) as temporary:
-                    temporary.write_text(label_lines(found, item.image.shape[1::-1], scores=wanted.conf))
+                    temporary.write_text(form.lines(item, found, wanted.conf))
             if write_csv:
-                write_csv(_csv(csv_rows(item, found, names)))
+                write_csv(_csv(form.csv_rows(item, found, names)))
             if write_json:
-                write_json(json.dumps(json_row(item, found, names)))
+                write_json(json.dumps(form.json_row(item, found, names)))
             if wanted.crops:
                 write_crops(folder / CROPS, item, found, names)
             if not wanted.pictures and view is None:
                 return
-            picture = draw_detections(
+            picture = form.draw(
                 item.image,
                 found,
                 names,
@@ -214,11 +237,21 @@ def rows(found: Detections) -> Iterator[tuple[list[float], float, int]]:
 
 def csv_rows(frame: Frame, found: Detections, names: Sequence[str]) -> list[tuple[Any, ...]]:
     """A row of `COLUMNS` a detection; boxes in pixels of the image, ``frame`` empty for an image."""
-    image, number = cell(Path(frame.source.shown).name or frame.source.shown), frame.number or ""
     return [
-        (image, number, cell(names[label]), label, f"{score:.6f}", *(f"{v:.2f}" for v in box))
+        (*_place(frame), cell(names[label]), label, f"{score:.6f}", *(f"{v:.2f}" for v in box))
         for box, score, label in rows(found)
     ]
+
+
+def ranked_csv_rows(frame: Frame, found: Ranking, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """A row of `RANKED_COLUMNS` a class, the likeliest first; its rank counts from 1."""
+    ranks = enumerate(zip(found.labels.tolist(), found.scores.tolist(), strict=True), start=1)
+    return [(*_place(frame), rank, cell(names[label]), label, f"{score:.6f}") for rank, (label, score) in ranks]
+
+
+def _place(frame: Frame) -> tuple[str, int | str]:
+    """Which picture it is: the file's name, and the number of a video's frame."""
+    return cell(Path(frame.source.shown).name or frame.source.shown), frame.number or ""
 
 
 def cell(text: str) -> str:
@@ -234,17 +267,21 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
 
 def json_row(frame: Frame, found: Detections, names: Sequence[str]) -> dict[str, Any]:
     """A picture and what was found in it, boxes ``[x1, y1, x2, y2]`` in its pixels; ``frame`` is null for an image."""
+    detections = [
+        {"class": names[label], "label": label, "score": round(score, 6), "box": [round(v, 2) for v in box]}
+        for box, score, label in rows(found)
+    ]
+    return {**_about(frame), "detections": detections}
+
+
+def ranked_json_row(frame: Frame, found: Ranking, names: Sequence[str]) -> dict[str, Any]:
+    """A picture and the classes that it may show, the likeliest first."""
+    return {**_about(frame), "classes": ranked_rows(found, names)}
+
+
+def _about(frame: Frame) -> dict[str, Any]:
     height, width = frame.image.shape[:2]
-    return {
-        "image": frame.source.shown,
-        "frame": frame.number or None,
-        "width": width,
-        "height": height,
-        "detections": [
-            {"class": names[label], "label": label, "score": round(score, 6), "box": [round(v, 2) for v in box]}
-            for box, score, label in rows(found)
-        ],
-    }
+    return {"image": frame.source.shown, "frame": frame.number or None, "width": width, "height": height}
 
 
 def write_crops(folder: Path, frame: Frame, found: Detections, names: Sequence[str]) -> None:
@@ -264,6 +301,24 @@ def folder_name(name: str, label: int) -> str:
     """The folder for the crops of a class: its name, or its number and what is harmless of the name."""
     safe = re.sub(r"[^\w .()+-]", "_", name)[:LONGEST].strip(" .")
     return safe if safe and safe == name else f"{label}_{safe}".rstrip("_")
+
+
+FORMS = {  # by task
+    "detect": Form(
+        lambda frame, found, scores: label_lines(found, frame.image.shape[1::-1], scores=scores),
+        COLUMNS,
+        csv_rows,
+        json_row,
+        lambda *picture, **looks: draw_detections(*picture, **looks),
+    ),
+    "classify": Form(
+        lambda frame, found, scores: ranking_lines(found, scores=scores),
+        RANKED_COLUMNS,
+        ranked_csv_rows,
+        ranked_json_row,
+        draw_ranking,
+    ),
+}
 
 
 # ---- windows

@@ -45,7 +45,7 @@ from engine.distributed import (
     together,
 )
 from engine.doors import door, option_parser, parse_options
-from engine.evaluate import Metrics, calibration_images, check_imgsz, check_names, evaluate
+from engine.evaluate import Metrics, calibration_images, check_imgsz, check_names
 from engine.measure import amp_of, choose_amp, find_batch_size
 from engine.optim import NOMINAL_BATCH, averaged, lr_factor, make_optimizer, set_rates
 from engine.plan import Plan, agreed, check_processes, check_rectangles, evaluation_interval, extended, make_plan
@@ -64,6 +64,7 @@ from engine.prepare import (
 from engine.record import draw_beginning, draw_end, open_dashboard, write_dashboard, write_environment
 from engine.runs import append_csv, new_run, read_csv, remove_leftovers, write_csv, write_text
 from engine.step import CHECKED_STEPS, Moment, Mover, add_gradients, drawn_size, move_weights
+from engine.tasks import Task, check_data, check_options, evaluate, task_of
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, warm_start
 from models.network import Network, build
 from models.parse import dump
@@ -77,16 +78,19 @@ PATIENCE = 100  # epochs without a better AP, where --patience names none
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, its checkpoints, and what `best` measured on the validation split."""
+    """A finished run: its folder, its checkpoints, and what `best` measured on the validation split.
+
+    The metrics are those of the network's task: `Metrics` of a detector, `ClassMetrics` of a classifier.
+    """
 
     folder: Path
     best: Path
     last: Path
-    metrics: Metrics
+    metrics: Any
 
 
 def train(
-    config: TrainConfig, progress: bool = True, on_epoch: Callable[[int, Metrics], None] | None = None
+    config: TrainConfig, progress: bool = True, on_epoch: Callable[[int, Any], None] | None = None
 ) -> TrainResult:
     """Train as ``config`` says and return where everything lies. ``progress`` prints, and shows bars.
 
@@ -110,6 +114,8 @@ def train(
             say(f"note: {note}")
         origin = load_checkpoint(config.weights) if config.weights and not resumed else None
         spec = resumed.spec if resumed else describe(config, data, origin, train_split.samples, say)
+        task = task_of(spec)
+        config = config if resumed else check_options(task, config)
         torch.manual_seed(config.seed)  # first weights
         network = build(spec)
         check_imgsz(config.imgsz, network.max_stride)
@@ -128,8 +134,9 @@ def train(
         # The images. The last epochs see neither mosaics nor blends: those are not what the network will meet.
         augment = augmentation(config)
         calm = replace(augment, mosaic=0.0, mixup=0.0)
-        images = DetectionSet(train_split.samples, config.imgsz, augment, config.seed, config.cache, config.rect)
-        val_images = DetectionSet(val_split.samples, config.imgsz, None, config.seed, config.cache, config.rect)
+        how = (config.seed, config.cache, config.rect, task.crops)
+        images = DetectionSet(train_split.samples, config.imgsz, augment, *how)
+        val_images = DetectionSet(val_split.samples, config.imgsz, None, *how)
         calm_from = config.epochs - closing_epochs(config) + 1
         if config.batch_size == -1:
             amp = config.amp if config.amp != "auto" else amp_of(device)
@@ -164,6 +171,7 @@ def train(
         begun_with = {"images": len(images), "teacher": file_hash(config.teacher)}
         epoch, best, amp = 0, Best(), ""
         if resumed and folder and state:
+            check_data(spec, data)
             check_names(resumed.path, resumed.names, config.data or "", data.names)
             check_unchanged(state, begun_with, config)
             for note in (*moved(state, world), *extended(state, plan, config)):
@@ -172,7 +180,7 @@ def train(
             average.load_state_dict(resumed.state)
             ema.n_averaged.fill_(state["updates"])
             optimizer.load_state_dict(state["optimizer"])
-            epoch, best, amp = state["epoch"], Best.restore(state["best"]), state["amp"]
+            epoch, best, amp = state["epoch"], Best.restore(state["best"], task.metrics), state["amp"]
             if world.is_first:
                 tidy(folder, epoch)
                 save_config(folder / "config.yaml", config)
@@ -185,7 +193,7 @@ def train(
             save_config(folder / "config.yaml", config)
             write_text(folder / "model.yaml", dump(spec))
             if not config.noplots:
-                draw_beginning(folder, share(epoch=1), images, data.names)
+                draw_beginning(folder, task, share(epoch=1), images, data.names)
             say(f"results in {folder}")
         dashboard = None
         if world.is_first and folder:
@@ -222,7 +230,7 @@ def train(
             # The first judges and writes; the others wait for it at the next gradients, or to hear whether it stops.
             judged = epoch % interval == 0 or epoch == config.epochs
             kept = config.save_period > 0 and epoch % config.save_period == 0
-            metrics: Metrics | None = None
+            metrics: Any = None
             if world.is_first:
                 candidate = ready(average, images, plan, config.seed, device) if judged or kept else average
                 if judged:
@@ -237,15 +245,15 @@ def train(
                     )
                     if fitness(metrics) >= best.fitness:
                         best = Best(fitness(metrics), epoch, metrics)
-                        save_checkpoint(
-                            best_path, candidate, data.names, imgsz=config.imgsz, epoch=epoch, ap=metrics.ap
-                        )
+                        reached = {name: getattr(metrics, name) for name in task.columns[:1]}
+                        save_checkpoint(best_path, candidate, data.names, imgsz=config.imgsz, epoch=epoch, **reached)
                     stopped = epoch < config.epochs and 0 < patience <= epoch - best.epoch
                 if kept:
                     save_checkpoint(folder / f"epoch{epoch}.pt", candidate, data.names, imgsz=config.imgsz, epoch=epoch)
 
                 seconds = time.perf_counter() - began
-                row = {"epoch": epoch, "step": step + 1, "lr": lr_now, **means, **scores(metrics), "seconds": seconds}
+                numbers = {**means, **scores(task, metrics)}
+                row = {"epoch": epoch, "step": step + 1, "lr": lr_now, **numbers, "seconds": seconds}
                 append_csv(folder / "results.csv", row)  # before last.pt: a resumed run drops rows that are ahead of it
                 training = {
                     "network": network.state_dict(),
@@ -264,7 +272,7 @@ def train(
                 save_checkpoint(last_path, average, data.names, imgsz=config.imgsz, training=training)
                 say(epoch_line(row, config.epochs, heading=epoch == 1))
                 if dashboard:
-                    write_dashboard(dashboard, row, metrics)
+                    write_dashboard(dashboard, task, row, metrics)
                 if on_epoch and metrics:
                     on_epoch(epoch, metrics)
             if judged and patience:
@@ -278,15 +286,17 @@ def train(
             dashboard.close()
 
     # What came out.
-    best = Best.restore(gather_objects(asdict(best), world)[0])
+    best = Best.restore(gather_objects(asdict(best), world)[0], task.metrics)
     assert best.metrics is not None  # the last epoch is always evaluated
     if stopped:
         say(
-            f"stopped after epoch {epoch} of {config.epochs}: no better AP for {epoch - best.epoch} epochs (--patience)"
+            f"stopped after epoch {epoch} of {config.epochs}: no better {task.best_by} for {epoch - best.epoch} epochs "
+            "(--patience)"
         )
     if world.is_first and not config.noplots:
         draw_end(
             folder,
+            task,
             data,
             val_images,
             device,
@@ -333,13 +343,13 @@ class Best:
 
     fitness: float = -1.0
     epoch: int = 0
-    metrics: Metrics | None = None
+    metrics: Any = None
 
     @staticmethod
-    def restore(state: Mapping[str, Any]) -> Best:
-        """The inverse of `dataclasses.asdict`."""
+    def restore(state: Mapping[str, Any], kind: type = Metrics) -> Best:
+        """The inverse of `dataclasses.asdict`; `kind` is that of the metrics."""
         metrics = state["metrics"]
-        return Best(state["fitness"], state["epoch"], metrics and Metrics(**metrics))
+        return Best(state["fitness"], state["epoch"], metrics and kind(**metrics))
 
 
 def warm_start_line(network: Network, origin: Checkpoint) -> str:
@@ -411,14 +421,14 @@ def unfrozen(network: nn.Module) -> nn.Module:
     return nn.ModuleList(trained)
 
 
-def fitness(metrics: Metrics) -> float:
-    """What ``best.pt`` is best in: ``0.9 AP + 0.1 AP50``, as in yolov5."""
-    return 0.9 * metrics.ap + 0.1 * metrics.ap50
+def fitness(metrics: Any) -> float:
+    """What ``best.pt`` is best in."""
+    return float(metrics.fitness)
 
 
-def scores(metrics: Metrics | None) -> dict[str, float | None]:
-    """The columns of results.csv that an evaluation fills."""
-    return {name: getattr(metrics, name, None) for name in ("ap", "ap50", "ap75", "ar100")}
+def scores(task: Task, metrics: Any) -> dict[str, float | None]:
+    """The columns of results.csv that an evaluation fills; empty where `metrics` is None."""
+    return {name: getattr(metrics, name, None) for name in task.columns}
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int, heading: bool) -> str:
@@ -433,7 +443,9 @@ def epoch_line(row: Mapping[str, Any], epochs: int, heading: bool) -> str:
 
 @door
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = option_parser("Trains a detector from its YAML, or from a checkpoint, on a labelled data set.")
+    parser = option_parser(
+        "Trains a detector or a classifier from its YAML, or from a checkpoint, on a labelled data set."
+    )
     add_options(parser)
     parser.add_argument("--hyp", metavar="PATH", help="YAML of options; those on the command line win over it")
     given = vars(parse_options(parser, argv))

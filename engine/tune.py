@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from data.config import read_data_spec
 from data.structures import Fault
 from engine.config import MOVABLE, TrainConfig, checked, option_name, read_options, save_config
 from engine.evaluate import Metrics
@@ -152,6 +153,8 @@ def begin(config: TrainConfig) -> tuple[TrainConfig, Path]:
         raise Fault("--tune: a trial is a training in one process; start it without torchrun")
     if config.batch_size == -1:
         raise Fault("--batch-size -1: every trial would find its own; give a number with --tune")
+    if config.data and read_data_spec(config.data).format == "folders":
+        raise Fault(f"--tune: tries settings of detectors, and {config.data} is for a classifier")
     config = agreed(config)
     if config.optimizer == "auto" or config.lr0 is None:
         images = len(read_data(config)[1].samples)

@@ -6,6 +6,7 @@ python -m models draw cfg/models/yolov4-p5.yaml -o p5.html
 python -m models diff cfg/models/yolov5n.yaml cfg/models/yolov5s.yaml
 python -m models convert yolov5s.yaml --named -o mine.yaml
 python -m models import yolov5n.pth --cfg cfg/models/yolov5n.yaml --names cfg/data/coco256.yaml -o yolov5n.pt
+python -m models import tf_efficientnet_b0.pth --cfg cfg/models/tf-efficientnet-b0.yaml -o b0.pt --imgsz 224
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 from data.structures import Fault, nearest
 from models import convert, diff, draw, show
 from models.cost import RowCost, network_costs
+from models.efficientnet import NORMALIZATIONS
 from models.graph import Graph, load_graph
 from models.network import SUPERNETS
 from models.parse import parse
@@ -88,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--cfg", required=True, metavar="FILE", help="the model file that the weights belong to")
     one.add_argument("-o", "--output", required=True, metavar="OUT.pt")
     one.add_argument("--names", metavar="FILE", help="the classes: a data set's YAML, or a text file, one a line")
+    one.add_argument(
+        "--normalization",
+        choices=NORMALIZATIONS,
+        help="what was done to images in [0, 1] before the weights saw them (default: usual for weights of their kind)",
+    )
     return parser
 
 
@@ -152,7 +159,8 @@ def imported(options: argparse.Namespace) -> int:
 
     _keep_input(Path(options.output), options.state, options.cfg)
     names = _names(Path(options.names)) if options.names else None
-    network, notes = import_weights(Path(options.state), parse(options.cfg, options.dialect, options.trust_ops), names)
+    spec = parse(options.cfg, options.dialect, options.trust_ops)
+    network, notes = import_weights(Path(options.state), spec, names, options.normalization)
     for note in (*network.graph.notes, *notes):
         _note(note)
     if names is None:

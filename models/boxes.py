@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 
+def pairwise_iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
+    """Intersection over union of every pair, ``[N, M]`` in [0, 1]. Boxes without area have IoU 0 with everything."""
+    left_N1, top_N1, right_N1, bottom_N1 = boxes_N4.T[:, :, None]
+    left_M, top_M, right_M, bottom_M = others_M4.T
+    overlap_NM = (torch.minimum(right_N1, right_M) - torch.maximum(left_N1, left_M)).clamp_(min=0)
+    overlap_NM *= (torch.minimum(bottom_N1, bottom_M) - torch.maximum(top_N1, top_M)).clamp_(min=0)
+    area_N1 = (right_N1 - left_N1).clamp(min=0) * (bottom_N1 - top_N1).clamp(min=0)
+    area_M = (right_M - left_M).clamp(min=0) * (bottom_M - top_M).clamp(min=0)
+    union_NM = area_N1 + area_M - overlap_NM
+    return torch.where(overlap_NM > 0, overlap_NM / union_NM, 0.0)
+
+
 def complete_iou(boxes_N4: Tensor, others_N4: Tensor, eps: float = 1e-7) -> tuple[Tensor, Tensor]:
     """IoU and complete IoU, row by row, ``[N]`` each (Zheng et al., arXiv 1911.08287, eq. 8-11).
 

@@ -4,6 +4,7 @@ Both have the same head over the same strides and classes, so that their outputs
 there is anything (objectness, or the class scores of a head without it) is compared everywhere; what says where and
 which, the more the surer the teacher is, since boxes of empty cells mean nothing (Mehta & Ozturk, arXiv 1812.04820,
 eq. 5-7). Distributions of distances are compared as such: localization distillation (Zheng et al., arXiv 2102.12252).
+Classifiers need no more in common than their classes, which are compared as distributions too.
 
 All terms are 0 with a gradient of 0 where the student says what the teacher says, and weigh as much as their
 counterparts in the head's own loss.
@@ -23,11 +24,13 @@ from torch.nn import functional as F
 
 from data.structures import Fault
 from models.heads import yolo
+from models.heads.classify import Classify
 from models.heads.dfl import DFLDetect
 from models.heads.yolo import Detect
 from models.network import Network
 
 TEMPERATURE = 10.0  # that both distributions are softened by, as in arXiv 2102.12252, section 4.2
+CLASS_TEMPERATURE = 4.0  # that those of classes are softened by (Hinton et al., arXiv 1503.02531, try 1 to 20)
 
 
 def check_teacher(network: Network, teacher: Network, path: Path) -> None:
@@ -45,10 +48,11 @@ def check_teacher(network: Network, teacher: Network, path: Path) -> None:
             faults.append(f"{path}: the teacher has {what} {theirs}, but {file} has {mine}{hint}")
 
     same("classes", head.num_classes, other.num_classes)
-    same("strides", _listed(head.strides), _listed(other.strides))
+    if not isinstance(head, Classify):
+        same("strides", _listed(head.strides), _listed(other.strides))
     if isinstance(head, DFLDetect):
         same("bins", head.bins, other.bins)
-    else:
+    elif isinstance(head, Detect):
         same("anchors", _sizes(head), _sizes(other), "; write the teacher's anchors into it")
     if faults:
         raise Fault(*faults)
@@ -95,6 +99,12 @@ def dfl_loss(head: DFLDetect, outputs: Sequence[Tensor], wanted: Sequence[Tensor
     return (head.options["cls"] * classes + head.options["dfl"] * (weight_NP * apart_NP).sum()) / sure
 
 
+def classify_loss(head: Classify, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """``T^2 KL(softmax(wanted / T) || softmax(logits / T))``, of images the mean (arXiv 1503.02531, section 2)."""
+    soft, hard = ((z[0] / CLASS_TEMPERATURE).log_softmax(dim=-1) for z in (outputs, wanted))
+    return F.kl_div(soft, hard, reduction="batchmean", log_target=True) * CLASS_TEMPERATURE**2
+
+
 def bernoulli_kl(logits: Tensor, wanted: Tensor) -> Tensor:
     """``KL(sigmoid(wanted) || sigmoid(logits))`` of each number: soft-target cross-entropy less what is in the target.
 
@@ -106,6 +116,7 @@ def bernoulli_kl(logits: Tensor, wanted: Tensor) -> Tensor:
 LOSSES: dict[type, Callable[[Any, Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     Detect: detect_loss,
     DFLDetect: dfl_loss,
+    Classify: classify_loss,
 }
 
 

@@ -1,7 +1,8 @@
 """Weights that another program trained, loaded by structure: row by row, tensor by tensor, held against their shapes.
 
 The files of YOLO programs name their tensors ``model.<row>.<path inside the row>``, in the order in which a row's parts
-are defined. Ours are found by name where names and shapes agree, and what is left by shape in that order.
+are defined. Ours are found by name where names and shapes agree, and what is left by shape in that order. Those of
+EfficientNets have names without rows, which `models.efficientnet` knows.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from data.structures import Fault
 from models.checkpoint import FORMAT, read_tensors
+from models.efficientnet import NORMALIZATIONS, naming_of, rows_of, take_unit_images, usual_normalization
 from models.graph import Graph, Node, resolve
 from models.network import Network
+from models.ops.conv import Conv
 from models.parse import row_text
 from models.spec import Anchors, ModelSpec
 
@@ -31,18 +34,31 @@ SAME_ANCHOR = 1e-3  # relative: half precision keeps that much
 Tensors = Mapping[str, Tensor]
 
 
-def import_weights(path: Path, spec: ModelSpec, names: Sequence[str] | None = None) -> tuple[Network, tuple[str, ...]]:
+def import_weights(
+    path: Path, spec: ModelSpec, names: Sequence[str] | None = None, normalization: str | None = None
+) -> tuple[Network, tuple[str, ...]]:
     """The network of `spec` with the weights of a foreign state dict in eval mode, and notes on what did not fit.
 
     The file may hold the state dict itself or keep it under a key such as ``state_dict``; weights of half precision
     become float32. The number of classes and the anchors are those that the weights were trained with, and a note says
     where the YAML differs. A tensor of ours that is not there keeps its random start, with a note that names it.
 
+    `normalization` is what was done to images in [0, 1] before the weights saw them, a key of
+    `models.efficientnet.NORMALIZATIONS`; the first convolution is changed to do it. None is what weights of their kind
+    are usually trained with: ``none`` but for an EfficientNet, and a note says what it is.
+
     Raises `Fault` where a row finds none of its tensors, where the file has tensors for a row that takes none, where
-    the classes are not as many as `names`, and for a file that is no state dict. Nothing in the file is ever run.
+    the classes are not as many as `names`, where an EfficientNet does not fit as a whole, and for a file that is no
+    state dict. Nothing in the file is ever run.
     """
-    rows, notes = _by_row(path, _state_dict(path))
-    spec, changed = _as_trained(path, resolve(spec), rows)
+    state, graph = _state_dict(path), resolve(spec)
+    named = naming_of(state)
+    rows, notes = rows_of(path, state, *named, graph) if named else _by_row(path, state)
+    if normalization is None:
+        normalization = usual_normalization(named[0], graph) if named else "none"
+    spec, changed = _as_trained(path, graph, rows)
+    if normalization != "none":
+        spec = _with_border(graph, spec, normalization)
     if names is not None and len(names) != spec.num_classes:
         raise Fault(f"{path}: was trained on {spec.num_classes} classes, but {len(names)} names are given")
     graph = resolve(spec)
@@ -51,7 +67,7 @@ def import_weights(path: Path, spec: ModelSpec, names: Sequence[str] | None = No
     notes += changed
     for node, layer in zip(graph.nodes, network.layers, strict=True):
         ours, theirs = layer.state_dict(), rows.pop(node.index, {})
-        pairs = _pairs(ours, theirs)
+        pairs = _pairs(ours, theirs, by_order=named is None)
         wanted = [name for name in ours if not name.endswith(COUNTER)]
         if wanted and not pairs.keys() & set(wanted):
             there = f"its row {node.index} has {_shapes(theirs)}" if theirs else f"it has no row {node.index}"
@@ -65,6 +81,10 @@ def import_weights(path: Path, spec: ModelSpec, names: Sequence[str] | None = No
                 ours[name].copy_(theirs[source])  # a state dict shares its memory with the module
         missing = {name: ours[name] for name in wanted if name not in pairs}
         surplus = {name: theirs[name] for name in theirs if name not in pairs.values() and not _is_known(node, name)}
+        if named and (missing or surplus):
+            there = f"has {_shapes(surplus)}" if surplus else "lacks it"
+            faults.append(f"{_place(node)}: needs {_shapes(missing) or 'nothing more'}; {path} {there}")
+            continue
         if missing:
             notes.append(f"row {node.index} {node.op.name}: not in the file, left at its start: {_shapes(missing)}")
         if surplus:
@@ -75,6 +95,11 @@ def import_weights(path: Path, spec: ModelSpec, names: Sequence[str] | None = No
         )
     if faults:
         raise Fault(*faults)
+    if normalization != "none":
+        first = network.layers[0]
+        assert isinstance(first, Conv)
+        take_unit_images(first, normalization)
+        notes.append(f"images are in [0, 1] here, so row 0 does what {normalization!r} did to them before")
     return network.eval(), tuple(notes)
 
 
@@ -114,9 +139,11 @@ def _by_row(path: Path, state: Tensors) -> tuple[dict[int, dict[str, Tensor]], l
     return rows, [f"in no row {prefixes[0][0]}<number>, not used: {_shapes(other)}"] if other else []
 
 
-def _pairs(ours: Tensors, theirs: Tensors) -> dict[str, str]:
-    """Their name for each of ours that is found: the same name, or else the next of its shape and last name."""
+def _pairs(ours: Tensors, theirs: Tensors, by_order: bool) -> dict[str, str]:
+    """Their name for each of ours that is found: the same, or else, `by_order`, the next of its shape and last name."""
     pairs = {name: name for name, tensor in ours.items() if name in theirs and theirs[name].shape == tensor.shape}
+    if not by_order:
+        return pairs
     left = [name for name in theirs if name not in pairs]
     for name, tensor in ours.items():
         kind = name.rpartition(".")[2]
@@ -135,6 +162,8 @@ def _as_trained(path: Path, graph: Graph, rows: Mapping[int, Tensors]) -> tuple[
     """`graph.spec` with the number of classes and the anchors that the weights were made for, and what that changed."""
     spec, head = graph.spec, graph.nodes[-1]
     theirs = rows.get(head.index, {})
+    if head.op.name == "Classify" and "linear.weight" in theirs:
+        return _with_classes(spec, len(theirs["linear.weight"]))
     if "anchors" not in head.op.parameters:
         return spec, []
     notes = []
@@ -151,9 +180,25 @@ def _as_trained(path: Path, graph: Graph, rows: Mapping[int, Tensors]) -> tuple[
         raise Fault(
             f"{_place(head)}: {per_level} anchors of 5 + classes do not make the {widths[0]} outputs a level of {path}"
         )
-    if num_classes != spec.num_classes:
-        notes.append(f"nc: {spec.num_classes} in {spec.path}; taken from the weights: {num_classes}")
-    return replace(spec, num_classes=num_classes), notes
+    spec, changed = _with_classes(spec, num_classes)
+    return spec, notes + changed
+
+
+def _with_classes(spec: ModelSpec, num_classes: int) -> tuple[ModelSpec, list[str]]:
+    if num_classes == spec.num_classes:
+        return spec, []
+    note = f"nc: {spec.num_classes} in {spec.path}; taken from the weights: {num_classes}"
+    return replace(spec, num_classes=num_classes), [note]
+
+
+def _with_border(graph: Graph, spec: ModelSpec, normalization: str) -> ModelSpec:
+    """`spec` with a first row that pads with the mean colour, which the weights took for 0."""
+    node = graph.nodes[0]
+    if node.op.name != "Conv" or node.repeats != 1:
+        raise Fault(f"{_place(node)}: only one Conv can be made to normalize its input; got {normalization}")
+    mean = tuple(round(value, 6) for value in NORMALIZATIONS[normalization][0])
+    row = replace(spec.layers[0], kwargs={**spec.layers[0].kwargs, "border": mean})
+    return replace(spec, layers=(row, *spec.layers[1:]))
 
 
 def _trained_anchors(path: Path, head: Node, theirs: Tensors) -> Anchors | None:

@@ -259,8 +259,8 @@ def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
     positional = [name for name, p in op.signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     args: list[Any] = []
     for name in positional:
-        if name not in values:
-            break
+        if name not in values or isinstance(values[name], Choice):
+            break  # a choice goes by its argument's name, which it is called after, also where the text is read again
         args.append(values.pop(name))
     return replace(layer, repeats=repeats, args=tuple(args), kwargs=values)
 
@@ -528,8 +528,8 @@ def _same_stride(one: Node | None, other: Node | None) -> bool:
 
 
 def _anchor_areas(spec: ModelSpec, head: Node) -> list[float]:
-    """The areas of each level's anchors, added up; nothing where they are still to be fitted."""
-    if isinstance(spec.anchors, int) or "anchors" not in head.arguments:
+    """The areas of each level's anchors, added up; nothing where they are still to be fitted, or no head reads them."""
+    if isinstance(spec.anchors, int) or head.arguments.get("anchors") is None:
         return []
     return [sum(w * h for w, h in zip(level[::2], level[1::2], strict=True)) for level in spec.anchors]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,9 +111,14 @@ class Network(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """He et al. (arXiv 1502.01852) by fan-out: with torch's own start, deep blocks with Mish learn much later."""
+    """He et al. (arXiv 1502.01852) by fan-out: with torch's own start, deep blocks with Mish learn much later.
+
+    The fan-out of a group: by that of all together, depth-wise weights would start so small that the eps of the norm
+    behind them counts.
+    """
     if isinstance(module, nn.Conv2d | ElasticConv2d) and not module.weight.is_meta:
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        fan_out = module.weight[:, 0].numel() / module.groups
+        nn.init.normal_(module.weight, std=nn.init.calculate_gain("relu") / math.sqrt(fan_out))
 
 
 def build(spec: ModelSpec, supernet: str | None = None, norms: str = "act") -> Network:

@@ -102,7 +102,7 @@ class Supernet(nn.Module):
     @torch.no_grad()
     def _gate_products(
         self,
-        seen: Sequence[tuple[Elastic, Tensor, Tensor]],
+        seen: Sequence[tuple[Elastic, Any, Tensor]],
         towards: Sequence[Tensor],
         among: Mapping[str, Sequence[Any]],
     ) -> dict[str, Tensor]:
@@ -146,14 +146,16 @@ def detection_loss(images: Tensor, targets: Targets) -> Callable[[Network], Tens
 
 
 @contextlib.contextmanager
-def _watched(leaves: Sequence[Elastic]) -> Iterator[list[tuple[Elastic, Tensor, Tensor]]]:
+def _watched(leaves: Sequence[Elastic]) -> Iterator[list[tuple[Elastic, Any, Tensor]]]:
     """Inside, every leaf that runs is noted: itself, its input, and its output as a place to differentiate at."""
-    seen: list[tuple[Elastic, Tensor, Tensor]] = []
+    seen: list[tuple[Elastic, Any, Tensor]] = []
 
-    def note(leaf: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def note(leaf: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
         # A tensor of its own: an identity hands its input on, which others may read as well.
         y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
-        seen.append((cast(Elastic, leaf), inputs[0].detach(), y))
+        x = inputs[0]  # a list where a whole row of several sources is one leaf
+        held = [source.detach() for source in x] if isinstance(x, list) else x.detach()
+        seen.append((cast(Elastic, leaf), held, y))
         return y
 
     hooks = [cast(nn.Module, leaf).register_forward_hook(note) for leaf in leaves]

@@ -20,10 +20,12 @@ from engine.config import add_options, checked, save_config
 from engine.doors import door, option_parser, parse_options
 from engine.evaluate import Metrics, calibration_images, check_imgsz, evaluate
 from engine.runs import new_run, write_text
+from engine.tasks import task_of
 from engine.train import augmentation, describe, read_labelled
 from models.checkpoint import load_checkpoint, warm_start
 from models.graph import resolve
 from models.parse import dump
+from models.spec import ModelSpec
 from models.supernet import Supernet
 from search import tango
 from search.config import SearchConfig
@@ -92,6 +94,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
 
         # The space and what its subnets cost. A budget that cannot be met ends here, before anything is trained.
         spec = resumed.spec if resumed else describe(config, data, None, train_split.samples, say)
+        check_searchable(spec)
         torch.manual_seed(config.seed)  # first weights
         supernet = Supernet(spec, config.supernet, config.norms)
         check_imgsz(config.imgsz, supernet.network.max_stride)
@@ -190,6 +193,13 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
         say(str(path))
     say(f"{time.perf_counter() - began:.0f} s; train it on with: python train.py --weights {folder / 'best.pt'} ...")
     return SearchResult(folder, tuple(found), tuple(front), folder / "best.pt", folder / "best.yaml", reached)
+
+
+def check_searchable(spec: ModelSpec) -> None:
+    """Raises a Fault where subnets cannot be judged by AP."""
+    task = task_of(spec)
+    if task.name != "detect":
+        raise Fault(f"{spec.path}: {task.network}; search.py judges subnets by AP, which detectors have")
 
 
 def split_train(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

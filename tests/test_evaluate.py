@@ -27,6 +27,7 @@ from engine.evaluate import (
     file_names,
     label_lines,
 )
+from models.parse import parse_text
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -337,7 +338,8 @@ def test_class_names_must_agree():
 
 @pytest.fixture
 def val(monkeypatch, pictures, tmp_path):
-    checkpoint = SimpleNamespace(names=("red", "green"), imgsz=256)
+    rows = "backbone:\n  - [-1, 1, Conv, [8, 3, 2]]\nhead:\n  - [-1, 1, Detect, [nc, anchors]]\n"
+    checkpoint = SimpleNamespace(names=("red", "green"), imgsz=256, spec=parse_text(f"nc: 2\nanchors: 1\n{rows}"))
     monkeypatch.setattr(module, "load_checkpoint", lambda path: checkpoint)
     monkeypatch.setattr(module, "restore", lambda _: Seer())
     for split in ("images", "labels"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ from data.dataset import DetectionSet
 from data.readers import read_split
 from data.structures import Batch, Fault, Targets
 from engine.evaluate import evaluate, in_corner
-from models.checkpoint import save_checkpoint
+from models.checkpoint import load_checkpoint, restore, save_checkpoint
+from models.efficientnet import NORMALIZATIONS, naming_of, rows_of
 from models.foreign import import_weights
+from models.graph import resolve
 from models.network import Network, build
 from models.parse import parse, parse_text
 from models.spec import ModelSpec
@@ -213,6 +217,164 @@ def test_a_file_that_is_no_state_dict_is_a_fault(tmp_path):
     state["model.0.conv.weight"][0, 0, 0, 0] = float("nan")
     assert told(saved(tmp_path, state), spec) == (
         "state.pth: 1 of its tensors hold numbers that are not finite, such as 'model.0.conv.weight'",
+    )
+
+
+# ---- EfficientNets
+
+SMALL_EFFICIENTNET = """\
+nc: 5
+backbone:
+  - [-1, 1, Conv, [8, 3, 2, {padding}, {{eps: {eps}}}]]
+  - [-1, 1, MBConv, [8, 3, 1, 1, {squeeze}, {{padding: {padding}, eps: {eps}}}]]
+  - [-1, {number}, MBConv, [12, 3, 2, 6, {squeeze}, {{padding: {padding}, eps: {eps}}}]]
+head:
+  - [-1, 1, Conv, [16, 1, 1, {{eps: {eps}}}]]
+  - [-1, 1, Classify, [nc]]
+"""
+USUAL, TENSORFLOW = {"padding": "None", "eps": 1e-5}, {"padding": "same", "eps": 1e-3}
+PROGRAMS = {"timm": USUAL, "torchvision": USUAL, "efficientnet_pytorch": TENSORFLOW}
+with (ROOT / "tests" / "golden" / "efficientnet-b0.csv").open(newline="") as file:
+    NAMES = list(csv.DictReader(file))  # our name of each tensor of EfficientNet-B0, those of the programs, its shape
+
+
+def small_efficientnet(**values: object) -> ModelSpec:
+    values = USUAL | {"number": 2, "squeeze": 0.25} | values
+    return parse_text(SMALL_EFFICIENTNET.format(**values), "mine.yaml")
+
+
+def an_efficientnet(**values: object) -> Network:
+    torch.manual_seed(0)
+    network = build(small_efficientnet(**values))
+    scramble(network)
+    return network.eval()
+
+
+def named_by(program: str, network: Network, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a small network under the names that the first blocks, the stem and the end of B0 have."""
+    theirs = {row["ours"].removeprefix("layers."): row[program] for row in NAMES}
+    theirs |= {name.replace("3.m.0.", "2.m.1.", 1): other for name, other in theirs.items() if name[:6] == "3.m.0."}
+    theirs |= {name.replace("13.", "3.", 1): other for name, other in theirs.items() if name.startswith("13.")}
+    theirs |= {name.replace("14.", "4.", 1): other for name, other in theirs.items() if name.startswith("14.")}
+    return {prefix + theirs[name.removeprefix("layers.")]: tensor for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_tensor_of_efficientnet_has_its_name_its_shape_and_its_place(program):
+    file = "tf-efficientnet-b0" if PROGRAMS[program] is TENSORFLOW else "efficientnet-b0"
+    graph = resolve(parse(ROOT / "cfg" / "models" / f"{file}.yaml"))
+    with torch.device("meta"):
+        ours = Network(graph).state_dict()
+    assert [row["ours"] for row in NAMES] == list(ours)
+    assert [row["shape"] for row in NAMES] == [" ".join(map(str, tensor.shape)) for tensor in ours.values()]
+    state = {row[program]: torch.tensor(place) for place, row in enumerate(NAMES)}
+    for prefix in ("", "module."):
+        there = {prefix + name: tensor for name, tensor in state.items()}
+        found = naming_of(there)
+        assert found is not None and found[1] == prefix
+        rows, notes = rows_of(Path("state.pth"), there, *found, graph)
+        placed = {f"layers.{row}.{name}": int(place) for row, inside in rows.items() for name, place in inside.items()}
+        assert placed == {name: place for place, name in enumerate(ours)}
+        assert len(notes) == (program == "timm")  # whose names leave padding and eps open
+
+
+@pytest.mark.parametrize("counters", [True, False])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_efficientnet_is_found_by_name(tmp_path, program, counters):
+    network = an_efficientnet(**PROGRAMS[program])
+    state = named_by(program, network, "module.")
+    if not counters:
+        state = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
+    found, notes = import_weights(
+        saved(tmp_path, {"state_dict": state}), small_efficientnet(**PROGRAMS[program]), normalization="none"
+    )
+    assert all(torch.equal(found.state_dict()[k], v) for k, v in network.state_dict().items() if "num_b" not in k)
+    assert torch.equal(logits(found)[0], logits(network)[0])
+    assert [note.partition(";")[0] for note in notes] == (
+        ["timm names tensors alike whatever computes with them"] if program == "timm" else []
+    )
+
+
+def test_classes_of_an_efficientnet_are_those_of_the_weights_and_order_is_a_check(tmp_path):
+    state = named_by("torchvision", an_efficientnet())
+    moved = dict(sorted(state.items())) | {"extra.weight": torch.zeros(2)}
+    spec = replace(small_efficientnet(), num_classes=7)
+    found, notes = import_weights(saved(tmp_path, moved), spec, normalization="none")
+    assert torch.equal(logits(found)[0], logits(an_efficientnet())[0])
+    assert tuple(note.replace(str(tmp_path), "") for note in notes) == (
+        "in no part of an EfficientNet, not used: extra.weight [2]",
+        "tensors of /state.pth stand in another order than those of mine.yaml; only names were followed",
+        "nc: 7 in mine.yaml; taken from the weights: 5",
+    )
+
+
+@pytest.mark.parametrize("computing", [USUAL, TENSORFLOW])
+@pytest.mark.parametrize("normalization", ["imagenet", "half", "lite"])
+def test_normalization_moves_into_the_first_convolution(tmp_path, computing, normalization):
+    network = an_efficientnet(**computing)
+    path = saved(tmp_path, named_by("timm", network))
+    found, notes = import_weights(path, small_efficientnet(**computing), normalization=normalization)
+    assert notes[-1] == f"images are in [0, 1] here, so row 0 does what {normalization!r} did to them before"
+    mean, std = (torch.tensor(values)[:, None, None] for values in NORMALIZATIONS[normalization])
+    images = torch.rand(2, 3, 32, 64)
+    with torch.no_grad():
+        theirs, ours = network((images - mean) / std)[0][0], found(images)[0][0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    save_checkpoint(tmp_path / "ours.pt", found, list("abcde"), imgsz=32)
+    again = restore(load_checkpoint(tmp_path / "ours.pt"))
+    assert torch.equal(logits(again)[0], logits(found)[0])  # its YAML has the border
+    assert len(found.state_dict()) == len(network.state_dict())
+
+
+def test_an_efficientnet_has_the_usual_normalization_of_its_kind(tmp_path):
+    for program, squeeze, usual in (
+        ("timm", 0.25, "imagenet"),
+        ("timm", 0, "half"),
+        ("torchvision", 0.25, "imagenet"),
+        ("efficientnet_pytorch", 0.25, "imagenet"),
+        ("efficientnet_pytorch", 0, "lite"),
+    ):
+        values = PROGRAMS[program] | {"squeeze": squeeze}
+        path = saved(tmp_path, named_by(program, an_efficientnet(**values)))
+        _, notes = import_weights(path, small_efficientnet(**values))
+        assert f"what {usual!r} did" in notes[-1], program
+
+
+def test_a_normalization_needs_a_first_convolution(tmp_path):
+    text = "nc: 2\nbackbone:\n  - [-1, 1, Focus, [8]]\nhead:\n  - [-1, 1, Classify, [nc]]\n"
+    spec = parse_text(text, "mine.yaml")
+    path = saved(tmp_path, {k.replace("layers", "model"): v for k, v in build(spec).state_dict().items()})
+    with pytest.raises(Fault) as fault:
+        import_weights(path, spec, normalization="imagenet")
+    assert fault.value.lines == (
+        "mine.yaml:3:5 layer 0 [-1, 1, Focus, [8]]: only one Conv can be made to normalize its input; got imagenet",
+    )
+    assert import_weights(path, spec)[1] == ()
+
+
+def test_an_efficientnet_that_does_not_fit_is_a_fault(tmp_path):
+    state = named_by("efficientnet_pytorch", an_efficientnet())
+    path = saved(tmp_path, state)
+    assert told(path, small_efficientnet()) == (
+        "state.pth: weights with the names of EfficientNet-PyTorch want padding same and eps 0.001, mine.yaml has "
+        "padding on all sides alike and eps 1e-05; cfg/models/tf-efficientnet-b0.yaml has them so",
+    )
+    assert told(path, small_efficientnet(**TENSORFLOW, number=1)) == (
+        "state.pth: has 3 inverted bottlenecks, mine.yaml has 2",
+    )
+    assert told(path, a_spec()) == (
+        "state.pth: is an EfficientNet with the names of EfficientNet-PyTorch, but mine.yaml is no classifier of this "
+        "kind; import it with one as cfg/models/efficientnet-b0.yaml, then train.py --weights takes what fits",
+    )
+    assert told(path, small_efficientnet(**TENSORFLOW, squeeze=0))[0] == (
+        "mine.yaml:4:5 layer 1 [-1, 1, MBConv, [8, 3, 1, 1, 0, {padding: same, eps: 0.001}]]: needs nothing more; "
+        "state.pth has m.0.se.reduce.weight [2, 8, 1, 1], m.0.se.reduce.bias [2], m.0.se.expand.weight [8, 2, 1, 1] "
+        "and 1 more"
+    )
+    del state["_blocks.1._bn0.bias"]
+    assert told(saved(tmp_path, state), small_efficientnet(**TENSORFLOW)) == (
+        "mine.yaml:5:5 layer 2 [-1, 2, MBConv, [12, 3, 2, 6, 0.25, {padding: same, eps: 0.001}]]: needs "
+        "m.0.expand.bn.bias [48]; state.pth lacks it",
     )
 
 

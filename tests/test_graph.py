@@ -87,8 +87,9 @@ def test_show_prints_the_table_it_always_printed(command, capsys, monkeypatch):
 
 
 def test_show_wants_whole_cells(capsys):
-    assert main(["show", str(FILES[0]), "--imgsz", "100"]) == 2
-    assert capsys.readouterr().err == f"--imgsz 100: {FILES[0]} needs a multiple of its largest stride 32\n"
+    path = ROOT / "cfg/models/yolov5n.yaml"
+    assert main(["show", str(path), "--imgsz", "100"]) == 2
+    assert capsys.readouterr().err == f"--imgsz 100: {path} needs a multiple of its largest stride 32\n"
 
 
 def test_the_head_reads_three_strides():
@@ -209,7 +210,7 @@ MISTAKES = {
     "unknown activation": ("[-1, 1, Conv, [16, {act: mihs}]]", f"{CONV}: act=mihs is unknown; did you mean 'mish'?"),
     "activation like none": (
         "[-1, 1, Conv, [16, {act: xyz}]]",
-        f"{CONV}: act=xyz is unknown; known are relu, leaky, mish, silu, hardswish, sigmoid, identity",
+        f"{CONV}: act=xyz is unknown; known are relu, relu6, leaky, mish, silu, hardswish, sigmoid, identity",
     ),
     "activation as number": ("[-1, 1, Conv, [16, {act: 3}]]", f"{CONV}: act=3 should be a word"),
     "truth as word": ("[-1, 1, BottleneckCSP, [16, yes]]", f"{CSP}: shortcut=yes should be True or False"),
@@ -267,7 +268,8 @@ def test_an_unknown_default_activation_is_told_once_where_it_stands():
 
 def test_a_model_ends_in_its_head():
     assert told(changed(DETECT, "[-1, 1, Conv, [8]]")) == [
-        "bad.yaml:9:5 layer 3 [-1, 1, Conv, [8]]: a model's last row is its head, DFLDetect or Detect; here it is Conv"
+        "bad.yaml:9:5 layer 3 [-1, 1, Conv, [8]]: a model's last row is its head, "
+        "Classify or DFLDetect or SSDHead or Detect; here it is Conv"
     ]
     early = [f"bad.yaml:9:5 layer 3 {DETECT}: a head is a model's last row; rows behind this one: 1"]
     assert told(GOOD + "  - [-1, 1, Conv, [8]]\n") == early  # and no word about what the row reads

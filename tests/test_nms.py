@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import nms as module
-from engine.nms import BLOCK, best, nms, pairwise_iou, suppress
+from engine.nms import BLOCK, best, nms, suppress
+from models.boxes import pairwise_iou
 
 
 def slow_nms(boxes, scores, *, conf, iou, max_det, agnostic, multi_label, classes=None):

@@ -42,6 +42,8 @@ EXAMPLES = {
         "[-1, 3, Conv, [16, 3, 1, None, 16]]",
         "[-1, 1, Conv, [12, 3, 2, {dilation: 3}]]",
         "[-1, 1, Conv, [12, 3, 1, 2, {dilation: 2}]]",
+        "[-1, 1, Conv, [12, 5, 2, same, {eps: 1e-5}]]",
+        "[-1, 1, Conv, [12, 2, 1, same]]",
     ],
     "Focus": ["[-1, 1, Focus, [12, 3]]", "[-1, 1, Focus, [16, 2, 2, 0, 4]]"],
     "Bottleneck": ["[-1, 1, Bottleneck, [16]]", "[-1, 1, Bottleneck, [12, False, 2]]", "[-1, 2, Bottleneck, [16]]"],
@@ -56,6 +58,21 @@ EXAMPLES = {
     "C3Ghost": ["[-1, 1, C3Ghost, [8]]", "[-1, 2, C3Ghost, [16, 0.25]]"],
     "C3TR": ["[-1, 1, C3TR, [8]]", "[-1, 2, C3TR, [16, 0.25]]"],
     "GhostConv": ["[-1, 1, GhostConv, [12]]", "[-1, 1, GhostConv, [16, 3, 2, 4, {cheap: 3}]]"],
+    "CABlock": [
+        "[-1, 1, CABlock, [12]]",
+        "[-1, 2, CABlock, [16, 5, 2, 2, [1, 2]]]",
+        "[-1, 1, CABlock, [16, 3, 1, 1, {attention: none}]]",
+        "[-1, 1, CABlock, [12, {attention: channel, reduction: None}]]",
+        "[-1, 1, CABlock, [16, {attention: spatial, dilations: [2], squeeze: max, spatial_kernel: 3}]]",
+    ],
+    "UpFusion": ["[[1, 0], 1, UpFusion, [12]]", "[[1, 0], 1, UpFusion, [8, 2, cat, nearest, {dilations: [2]}]]"],
+    "DownFusion": ["[[0, 1], 1, DownFusion, [12]]", "[[0, 1], 1, DownFusion, [16, 2, add, {dilations: [2]}]]"],
+    "MBConv": [
+        "[-1, 1, MBConv, [12]]",
+        "[-1, 2, MBConv, [16, 5, 2, 1]]",
+        "[-1, 2, MBConv, [16, 3, 1, 1.5, 0, {eps: 1e-3}]]",
+        "[-1, 1, MBConv, [12, 3, 1, 2, 0.5, {padding: same}]]",
+    ],
     "VoVCSP": ["[-1, 1, VoVCSP, [12]]", "[-1, 2, VoVCSP, [16]]"],
     "SPP": ["[-1, 1, SPP, [12]]", "[-1, 1, SPP, [16, [3]]]"],
     "SPPF": ["[-1, 1, SPPF, [12]]", "[-1, 1, SPPF, [16, 3]]"],
@@ -76,11 +93,17 @@ EXAMPLES = {
     "nn.ZeroPad2d": ["[-1, 1, nn.ZeroPad2d, [[1, 0, 0, 1]]]", "[-1, 1, nn.ZeroPad2d, [[1, 2, 2, 1]]]"],
     "Detect": ["[[0, 1], 1, Detect, [nc, anchors]]"],
     "DFLDetect": ["[[0, 1], 1, DFLDetect, [nc]]", "[[0, 1], 1, DFLDetect, [nc, 4, {act: relu}]]"],
+    "Classify": ["[-1, 1, Classify, [nc]]", "[-1, 1, Classify, [nc, {dropout: 0.5}]]"],
+    "SSDHead": ["[[0, 1], 1, SSDHead, [nc]]", "[[0, 1], 1, SSDHead, [nc, anchors, {match: 0.4}]]"],
 }
-HEADS = {  # what a head gives for the images before rows and columns, and for a cell
+HEADS = {  # what a head gives for the images before rows and columns, and for a cell; None: classes of an image
+    "[-1, 1, Classify, [nc]]": None,
+    "[-1, 1, Classify, [nc, {dropout: 0.5}]]": None,
     "[[0, 1], 1, Detect, [nc, anchors]]": ((2,), 5 + 3),
     "[[0, 1], 1, DFLDetect, [nc]]": ((), 4 * 16 + 3),
     "[[0, 1], 1, DFLDetect, [nc, 4, {act: relu}]]": ((), 4 * 4 + 3),
+    "[[0, 1], 1, SSDHead, [nc]]": ((4,), 4 + 1 + 3),
+    "[[0, 1], 1, SSDHead, [nc, anchors, {match: 0.4}]]": ((2,), 4 + 1 + 3),
 }
 # What leads back to size // stride where a row gives more or less: only pooling and padding know such a map.
 EVENED = {
@@ -95,6 +118,7 @@ OPTIONS = {
     "cheap": (3, 5),
     "act": ("relu", "leaky", "mish"),
     "concat_act": ("relu", "leaky", "mish"),
+    "dilations": ((1, 2), (1, 3, 2)),
     "number": (1, 2),
 }
 
@@ -108,14 +132,16 @@ def spec_with(row: str) -> ModelSpec:
 def opened(row: str) -> ModelSpec | None:
     """The same with everything left open that the op may leave open; None where that is nothing.
 
-    An independent supernet holds 12 blocks a row, so a row that names its `concat_act` has that open instead of `act`.
+    An independent supernet holds 12 blocks a row, so a row that names its `concat_act` or `dilations` has that open
+    instead of `act`.
     """
     spec = spec_with(row)
     node = resolve(spec).nodes[ROW]
     given = dict(node.op.signature.bind(*node.layer.args, **node.layer.kwargs).arguments)
-    closed = "act" if "concat_act" in given else "concat_act"
+    instead = {"concat_act", "dilations"}
+    closed = {"act"} if instead & given.keys() else instead
     for name in node.op.signature.parameters:
-        if node.op.may_choose(name) and name != closed:
+        if node.op.may_choose(name) and name not in closed:
             given[name] = Choice(f"{ROW}.{name}", OPTIONS[name])
     if "kernel" in given:
         given.pop("padding", None)
@@ -160,6 +186,9 @@ def test_declared_shape_is_the_real_shape(row):
     y = held[ROW]
     if node.op.is_head:
         assert node.output.kind == "maps"
+        if HEADS[row] is None:
+            assert [x.shape for x in y] == [(2, 3)]
+            return
         before, last = HEADS[row]
         assert [x.shape for x in y] == [(2, *before, 64 // s.stride, 96 // s.stride, last) for s in node.inputs]
     else:
@@ -337,6 +366,7 @@ def test_upsampling_repeats_cells():
 def test_an_activation_is_the_function_of_its_name(name):
     formulas = {
         "relu": lambda x: x.clamp(min=0),
+        "relu6": lambda x: x.clamp(min=0, max=6),
         "leaky": lambda x: torch.where(x < 0, 0.1 * x, x),
         "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
         "silu": lambda x: x / (1 + torch.exp(-x)),
@@ -344,7 +374,7 @@ def test_an_activation_is_the_function_of_its_name(name):
         "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
         "identity": lambda x: x,
     }
-    x = torch.linspace(-5, 5, 41)
+    x = torch.linspace(-8, 8, 41)
     torch.testing.assert_close(primitives.activation(name)(x), formulas[name](x))
 
 

@@ -337,7 +337,7 @@ def test_check_finds_all_of_our_files_good(capsys):
 def test_dump_reads_back_as_the_same_model(path):
     spec = parse(path)
     normal = normalize(spec)
-    frozen = [normal.freeze({c.name: c.options[end] for c in spec.choices}) for end in (0, -1)]
+    frozen = [normal.freeze({c.name: c.options[end] for c in normal.choices}) for end in (0, -1)]
     for model in (spec, normal, *frozen):
         again = parse_text(dump(model, comment="found by a search\nwith care"))
         assert without_places(again) == without_places(model)

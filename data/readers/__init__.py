@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.config import SPLITS, DataSpec, check_root
 from data.images import image_size
-from data.readers import coco, voc, yolo
+from data.readers import coco, folders, voc, yolo
 from data.readers.cache import find, inputs_of, keep
 from data.readers.labels import (
     CLIPPED,
@@ -81,7 +81,12 @@ def read_split(data: DataSpec, split: str) -> Split:
     found = find(data, split, inputs)
     if found is None:
         started = time.time()
-        listing = _of_json(data, split) if data.format == "coco" else _of_files(data, listed, missing)
+        if data.format == "coco":
+            listing = _of_json(data, split)
+        elif data.format == "folders":
+            listing = _of_folders(data, split, listed, missing)
+        else:
+            listing = _of_files(data, listed, missing)
         found = _read(data, split, listing)
         keep(data, split, inputs, [*listing.images, *listing.depends], found, started)
     return replace(found, notes=notes_of(data, found.problems))
@@ -105,6 +110,11 @@ def _of_files(data: DataSpec, images: list[str], problems: list[Problem]) -> Lis
 def _of_json(data: DataSpec, split: str) -> Listing:
     listing = coco.list_split(data, split)
     return Listing(listing.images, listing.read_labels, listing.depends, listing.problems, listing.category_ids)
+
+
+def _of_folders(data: DataSpec, split: str, images: list[str], problems: list[Problem]) -> Listing:
+    found, labels, strays = folders.list_split(data, split, images)
+    return Listing(found, lambda index, size: folders.labels_for(labels[index], size), [], [*problems, *strays])
 
 
 def _read(data: DataSpec, split: str, listing: Listing) -> Split:

@@ -35,6 +35,7 @@ UNLISTED = Kind("images that the JSON does not list", "image left out")
 IMAGE_TWICE = Kind("images listed twice", "the first counts")
 OTHER_SIZE = Kind("images of another size than their labels say", "the file counts", harmless=True)
 NO_FILE = Kind("images without a label file", "taken as without objects", harmless=True)
+NO_CLASS = Kind("folders that are no class", "images left out")
 KINDS = {
     kind.title: kind
     for kind in (
@@ -52,6 +53,7 @@ KINDS = {
         IMAGE_TWICE,
         OTHER_SIZE,
         NO_FILE,
+        NO_CLASS,
     )
 }
 

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.ops.primitives import DEFAULT, Act, Kernel, Pad, Step, Width, activation, conv, norm
+from models.ops.primitives import DEFAULT, EPS, Act, Eps, Kernel, Pad, Same, Step, Width, activation, conv, norm
 from models.registry import Shape, one_to_one, register_op
 
 
 def conv_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
-    """A dilated kernel reaches as far as a larger one."""
+    """A dilated kernel reaches as far as a larger one; with the padding ``same`` any kernel fits."""
+    border = args.get("border")
+    if border is not None and len(border) != inputs[0].channels:
+        raise ValueError(f"border has {len(border)} values for {inputs[0].channels} channels")
+    if args.get("padding") == "same":
+        return one_to_one(inputs, {**args, "kernel": 1, "padding": None})
     reach = args.get("dilation", 1) * (args.get("kernel", 1) - 1) + 1
     return one_to_one(inputs, {**args, "kernel": reach})
 
@@ -23,7 +28,9 @@ def conv_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
 class Conv(nn.Module):
     """Convolution, batch norm, activation: the block every YOLO is made of.
 
-    ``padding=None`` keeps the map size at stride 1 (`kernel` must be odd for that, whatever its `dilation`).
+    ``padding=None`` keeps the map size at stride 1 (`kernel` must be odd for that, whatever its `dilation`);
+    ``same`` is that of TensorFlow, which differs at stride 2. What is padded has the values of `border`, one a channel
+    that comes in, or 0. `eps` is that of the batch norm.
 
     Shape: ``[N, c_in, H, W] -> [N, c_out, H // stride, W // stride]``
     """
@@ -34,15 +41,17 @@ class Conv(nn.Module):
         c_out: Width,
         kernel: Kernel = 1,
         stride: Step = 1,
-        padding: Pad | None = None,
+        padding: Pad | Same | None = None,
         groups: Width = 1,
         *,
         act: Act = DEFAULT,
         dilation: Step = 1,
+        eps: Eps = EPS,
+        border: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.conv = conv(c_in, c_out, kernel, stride, padding=padding, groups=groups, dilation=dilation)
-        self.bn = norm(c_out, feeds=act, after=kernel)
+        self.conv = conv(c_in, c_out, kernel, stride, padding=padding, groups=groups, dilation=dilation, border=border)
+        self.bn = norm(c_out, feeds=act, after=kernel, eps=eps)
         self.act = activation(act)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, Field
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.elastic import ElasticActivation, ElasticConv2d, ElasticSequential, SwitchableNorm, convolution
 from models.spec import Choice, PerBottleneck
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(),
+    "relu6": lambda: nn.ReLU6(),  # of MobileNet and EfficientNet-Lite: no value above 6, which quantizes well
     "leaky": lambda: nn.LeakyReLU(0.1),  # slope of darknet and of every YOLO since
     "mish": lambda: nn.Mish(),
     "silu": lambda: nn.SiLU(),
@@ -41,6 +44,8 @@ def _known_activation(name: str) -> str:
 Width = Annotated[int, Field(ge=1, le=65536)]
 Step = Annotated[int, Field(ge=1, le=64)]
 Pad = Annotated[int, Field(ge=0, le=64)]
+Same = Literal["same"]  # the padding of TensorFlow, see `PaddedConv2d`
+Eps = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, le=8)]
 PlainKernel = Annotated[int, Field(ge=1, le=63)]
 Kernel = PlainKernel | Choice
@@ -49,6 +54,7 @@ PlainAct = Annotated[str, AfterValidator(_known_activation)]
 Act = PlainAct | Choice
 Acts = Act | PerBottleneck
 Count = Annotated[int, Field(ge=1, le=1000)] | Choice
+EPS = 1e-3  # of a batch norm, in ScaledYOLOv4, yolov5 and TensorFlow; torch's own is 1e-5
 DEFAULT = "silu"  # replaced by the model file's `activation:` where an op's row names none
 
 
@@ -58,21 +64,63 @@ def conv(
     kernel: Kernel = 1,
     stride: int = 1,
     *,
-    padding: int | None = None,
+    padding: int | Same | None = None,
     groups: int = 1,
     dilation: int = 1,
     bias: bool = False,
+    border: Sequence[float] | None = None,
 ) -> nn.Module:
-    """A convolution; ``padding=None`` keeps the map size at stride 1 for odd kernels.
+    """A convolution; ``padding=None`` keeps the map size at stride 1 for odd kernels, ``same`` is that of TensorFlow.
 
-    Raises ValueError for a choice of kernels with a padding of its own.
+    `border` is what stands around the map, a value a channel; None is 0. Raises ValueError for a choice of kernels with
+    a padding or border of its own.
     """
     if isinstance(kernel, Choice):
-        if padding is not None:
-            raise ValueError(f"kernel is a choice {kernel}, so padding must be left out; got {padding}")
+        if padding == "same" and stride == 1:
+            padding = None  # which is the same for odd kernels
+        for argument, value in (("padding", padding), ("border", border)):
+            if value is not None:
+                raise ValueError(f"kernel is a choice {kernel}, so {argument} must be left out; got {value}")
         return ElasticConv2d(c_in, c_out, kernel, stride, groups, dilation, bias)
-    padding = dilation * (kernel - 1) // 2 if padding is None else padding
-    return convolution(c_in, c_out, kernel, stride, padding, dilation, groups, bias)
+    reach = dilation * (kernel - 1) + 1
+    both = max(reach - stride, 0) if padding == "same" else 2 * ((reach - 1) // 2 if padding is None else padding)
+    if both % 2 == 0 and border is None:
+        return convolution(c_in, c_out, kernel, stride, both // 2, dilation, groups, bias)
+    return PaddedConv2d(c_in, c_out, kernel, stride, both, dilation, groups, bias, border)
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A convolution that adds `margin` rows and columns to its map, the odd one below and to the right.
+
+    So TensorFlow pads what it calls SAME: a kernel of 3 at stride 2 reads one row below the map and none above it,
+    where the usual padding reads one above and none below. What is added has the values of `border`, 0 for None.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, (H + margin - reach) // stride + 1, ...]``
+    """
+
+    border: Tensor | None
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        stride: int,
+        margin: int,
+        dilation: int,
+        groups: int,
+        bias: bool,
+        border: Sequence[float] | None,
+    ) -> None:
+        super().__init__(c_in, c_out, kernel, stride, 0, dilation, groups, bias)
+        self.margins = (margin // 2, margin - margin // 2) * 2
+        values = None if border is None else torch.tensor(border, dtype=self.weight.dtype)[:, None, None]
+        self.register_buffer("border", values, persistent=False)  # the model file has it
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.border is None:
+            return super().forward(F.pad(x, self.margins))
+        return super().forward(F.pad(x - self.border, self.margins) + self.border)
 
 
 def activation(act: Act) -> nn.Module:
@@ -97,27 +145,27 @@ def keyed_norms(policy: str) -> Iterator[None]:
         _norms.reset(token)
 
 
-def norm(channels: int, *, feeds: Act = DEFAULT, after: Kernel = 1) -> nn.Module:
+def norm(channels: int, *, feeds: Act = DEFAULT, after: Kernel = 1, eps: float = EPS) -> nn.Module:
     """Batch norm. It says which activation it feeds and which kernel it follows, so that an elastic one knows whom to
     follow: it keeps statistics and scale for every activation (``act``), since those shift the mean of what comes
     after; for every kernel and activation (``k_act``), since a small kernel also sums over fewer cells; or one set for
     all of them (``shared``).
     """
     keys = {"act": (feeds,), "shared": (), "k_act": (after, feeds)}[_norms.get()]
-    return _switchable(channels, [key for key in keys if isinstance(key, Choice)])
+    return _switchable(channels, [key for key in keys if isinstance(key, Choice)], eps)
 
 
-def _switchable(channels: int, keys: list[Choice]) -> nn.Module:
+def _switchable(channels: int, keys: list[Choice], eps: float) -> nn.Module:
     """A batch norm for every combination of the keys' options: norms that hold norms."""
     if not keys:
-        return batch_norm(channels)
+        return batch_norm(channels, eps)
     first, *others = keys
-    return SwitchableNorm(first, lambda: _switchable(channels, others))
+    return SwitchableNorm(first, lambda: _switchable(channels, others, eps))
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    # eps and momentum of ScaledYOLOv4 and yolov5, set there after the build
-    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
+def batch_norm(channels: int, eps: float = EPS) -> nn.BatchNorm2d:
+    # momentum of ScaledYOLOv4 and yolov5, set there after the build
+    return nn.BatchNorm2d(channels, eps=eps, momentum=0.03)
 
 
 def repeat(number: Count, make: Callable[[int], nn.Module]) -> nn.Module:

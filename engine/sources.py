@@ -32,6 +32,9 @@ CONTAINERS = {"MJPG": ".avi", "XVID": ".avi", "DIVX": ".avi", "FFV1": ".avi", "V
 USUAL_CODECS = ("mp4v", "MJPG", "VP90")
 USUAL_FPS = 25.0
 
+# What matters is told by a Fault. Read once, when a video is first opened or written.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
 SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp")
 PATIENCE_MS = 10_000  # for a stream to open, and for each of its frames
 WHOLE = 0.95  # of the frames that a video announces; headers are often wrong by a few
@@ -265,7 +268,6 @@ def _decoded(data: bytes, shown: str, otherwise: Fault) -> np.ndarray:
 
 def _capture(source: Source) -> Any:
     """An open cv2.VideoCapture whose first frame has been grabbed. Raises a Fault where there is none."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what matters is told by a Fault
     if source.kind == "camera":
         with _opencv_silent():
             capture = cv2.VideoCapture(int(source.place))

@@ -20,7 +20,7 @@ the better of the two counts for them. `square` is val.py on squares as ours: it
 over the same groups; they do not hold how seeds differ, so both seeds are shown.
 
 Both have their own default hyper-parameters. What is not equal, therefore:
-- ours: AdamW at .005 under 2,000 steps, else SGD; a cosine; warm-up of a tenth of the run at most; no mosaic in the
+- ours: AdamW at .002 under 2,000 steps, else SGD; a cosine; warm-up of a tenth of the run at most; no mosaic in the
   last tenth of the epochs; an average of weights that remembers a fifth of the run; batch norms calibrated anew before
   an evaluation, of which a short run makes about 10; bf16 where a step is measured to be faster in it.
 - theirs: SGD at .01; a line; gradients of 64 images a step, once warmed up; warm-up of 3 epochs, 100 batches at least;

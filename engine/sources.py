@@ -323,13 +323,14 @@ def _read_moving(source: Source, stride: int) -> Generator[Frame, None, None]:
         nonlocal read
         try:
             while read == 0 or capture.grab():  # `_capture` has grabbed the first
-                wanted = read % stride == 0
-                decoded, frame = capture.retrieve() if wanted else (True, None)
+                if read % stride:
+                    read += 1
+                    continue
+                decoded, frame = capture.retrieve()
                 if not decoded:
                     return
                 read += 1
-                if wanted:
-                    yield read, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                yield read, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         finally:
             capture.release()
 

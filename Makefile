@@ -23,7 +23,7 @@ DEMO_RETRAIN_EPOCHS := 11
 DEMO_CANDIDATES     := 6
 # Without strong augmentation: a run of minutes sees every image a few times only.
 DEMO_RECIPE         := --batch-size 8 --lr0 0.003 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 \
-                       --hsv-h 0 --hsv-s 0 --hsv-v 0 --amp off
+                       --hsv-h 0 --hsv-s 0 --hsv-v 0 --cls 2 --amp off
 
 .PHONY: help .venv test lint demo clean
 .DELETE_ON_ERROR:

@@ -33,7 +33,7 @@ from search.run import search  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 DATA = ROOT / "cfg" / "data" / "bccd.yaml"
-RECIPE = {"batch_size": 4, "optimizer": "AdamW", "lr0": 0.004, "mosaic": 0.3, "scale": 0.3, "flipud": 0.5}
+RECIPE = {"batch_size": 4, "optimizer": "AdamW", "lr0": 0.004, "cls": 2.5, "mosaic": 0.3, "scale": 0.3, "flipud": 0.5}
 
 
 def main() -> None:

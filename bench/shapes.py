@@ -42,6 +42,7 @@ RECIPE: dict[str, Any] = {
     "batch_size": 8,
     "optimizer": "AdamW",
     "lr0": 0.003,
+    "cls": 2.0,
     "mosaic": 0.3,
     "scale": 0.3,
     "val_interval": 10,

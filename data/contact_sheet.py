@@ -72,8 +72,8 @@ def _page(report: Report, most: int, seed: int) -> Iterator[str]:
     yield f"in {escape(str(data.root))}</p>"
     if report.faults:
         yield f'<ul class="wrong">{"".join(f"<li>{escape(fault)}</li>" for fault in report.faults)}</ul>'
-    yield from _numbers(report)
     yield from _problems(report)
+    yield from _numbers(report)
     chosen = choose(report, most, seed)
     if chosen:
         yield f"<h2>{len(chosen)} pictures</h2><p>Dashed boxes are ignored in evaluation and never trained on.</p>"

@@ -87,7 +87,9 @@ class RunConfig(BaseModel):
         default="auto", description="auto: AdamW under 2,000 steps, else SGD"
     )
     lr0: float | None = Field(
-        default=None, gt=0, description="largest learning rate; default 0.01 for SGD, 0.005 for Adam and AdamW"
+        default=None,
+        gt=0,
+        description="largest learning rate; default 0.01 for SGD, 0.002 for Adam and AdamW, 0.005 in a search",
     )
     lrf: float = Field(default=0.01, ge=0, le=1, description="the last learning rate is lr0 * lrf")
     cos_lr: bool = Field(default=True, description="the learning rate falls along a cosine, else along a line")

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.augment import Augment
 from data.config import DataSpec, read_data_spec
 from data.dataset import DetectionSet
 from data.images import image_size
@@ -291,16 +292,16 @@ def pixels(batch: Batch, device: torch.device | str) -> torch.Tensor:
 
 
 def calibration_images(
-    images: DetectionSet, count: int, seed: int, device: torch.device | str
+    images: DetectionSet, count: int, seed: int, device: torch.device | str, augment: Augment | None = None
 ) -> Iterator[torch.Tensor]:
-    """Training images as a network will meet them, without augmentation, for `engine.calibrate`: always the same.
+    """Training images for `engine.calibrate`, always the same: as they are, or changed by chance as `augment` says.
 
     They come 32 at a time whatever the training's batch: statistics of few images are unlike those of all, and what
     lies behind a norm would be calibrated for maps that it never sees again.
     """
-    plain = images.at_epoch(0)  # a view; it shares the images in memory
-    plain.set_augment(None)
-    loader = batches(plain, CALIBRATION_BATCH, seed=seed, shuffle=True)
+    view = images.at_epoch(0)  # it shares the images in memory
+    view.set_augment(augment)
+    loader = batches(view, CALIBRATION_BATCH, seed=seed, shuffle=True)
     for batch in islice(loader, math.ceil(count / CALIBRATION_BATCH)):
         yield pixels(batch, device)
 

@@ -12,7 +12,7 @@ from engine.config import RunConfig
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
-LEARNING_RATES = {"SGD": 0.01, "Adam": 0.005, "AdamW": 0.005}  # where --lr0 names none
+LEARNING_RATES = {"SGD": 0.01, "Adam": 0.002, "AdamW": 0.002}  # where --lr0 names none
 SHORT_RUN = 2_000  # steps; fewer are too few for SGD
 NOMINAL_BATCH = 64  # images whose summed loss SGD's learning rates are made for, as in yolov5; Adam has no scale
 

@@ -112,9 +112,9 @@ def describe(
         spec = with_anchors_of(config.teacher, spec, say)
     elif has_anchors(spec) and (needs_anchors(spec) or not config.noautoanchor):
         spec = anchored(spec, samples, config, say)
-    note = prior_line(spec, samples, config.imgsz)
-    if note:
-        say(note)
+    recall = prior_line(spec, samples, config.imgsz)
+    if recall:
+        say(recall)
     return spec
 
 

@@ -32,6 +32,9 @@ CONTAINERS = {"MJPG": ".avi", "XVID": ".avi", "DIVX": ".avi", "FFV1": ".avi", "V
 USUAL_CODECS = ("mp4v", "MJPG", "VP90")
 USUAL_FPS = 25.0
 
+# What matters is told by a Fault. Read once, when a video is first opened or written.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
 SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp")
 PATIENCE_MS = 10_000  # for a stream to open, and for each of its frames
 WHOLE = 0.95  # of the frames that a video announces; headers are often wrong by a few
@@ -265,7 +268,6 @@ def _decoded(data: bytes, shown: str, otherwise: Fault) -> np.ndarray:
 
 def _capture(source: Source) -> Any:
     """An open cv2.VideoCapture whose first frame has been grabbed. Raises a Fault where there is none."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: what matters is told by a Fault
     if source.kind == "camera":
         with _opencv_silent():
             capture = cv2.VideoCapture(int(source.place))
@@ -321,13 +323,14 @@ def _read_moving(source: Source, stride: int) -> Generator[Frame, None, None]:
         nonlocal read
         try:
             while read == 0 or capture.grab():  # `_capture` has grabbed the first
-                wanted = read % stride == 0
-                decoded, frame = capture.retrieve() if wanted else (True, None)
+                if read % stride:
+                    read += 1
+                    continue
+                decoded, frame = capture.retrieve()
                 if not decoded:
                     return
                 read += 1
-                if wanted:
-                    yield read, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                yield read, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         finally:
             capture.release()
 

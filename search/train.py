@@ -70,6 +70,7 @@ from search.space import SearchSpace
 
 ARCHITECTURE = 11  # purpose of a random stream: the paths of architecture steps
 ALPHA_REACH = 1.5  # how far an alpha may walk over a whole search with steps of one sign
+RATES = {**LEARNING_RATES, "Adam": 0.005, "AdamW": 0.005}  # of a supernet, each of whose weights moves in some steps
 SLOWEST_ALPHA, FASTEST_ALPHA = 1e-3, 5e-2  # bounds of its learning rate; the lower one is ProxylessNAS's
 
 
@@ -110,7 +111,7 @@ def train_supernet(
 
     # How weights and architecture parameters move in them.
     chosen = choose_optimizer(config.optimizer, total_steps)
-    lr = config.lr0 or LEARNING_RATES[chosen]
+    lr = config.lr0 or RATES[chosen]
     warmup_steps = warmup_length(config.warmup_epochs, total_steps // config.epochs, total_steps)
     optimizer = make_optimizer(
         network,

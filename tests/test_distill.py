@@ -102,7 +102,7 @@ def test_the_anchor_head_is_compared_as_worked_out_by_hand():
     sure = 1.0  # 3/4 of one cell; what divides is at least 1
     objectness = 4 * (LN3 / 2) / 4 * 3 / 2 * (2 * 4) ** 2 / 640**2  # of 4 cells, weighed 4 on the finest of 2 levels
     box = 0.05 * 3 * 0.75 * (3 / 4 - 1 / 2) ** 2 / sure
-    classes = 0.5 * 3 * 0.75 * (LN3 / 2) / 2 / sure * 20 / 80
+    classes = 0.5 * 3 * 0.75 * (LN3 / 2) / 2 / sure * 4 / 80
     loss = distillation_loss(net, outputs, net, wanted)
     assert float(loss) == pytest.approx(objectness + box + classes, rel=1e-6)
 

@@ -403,13 +403,13 @@ def test_a_finished_run_is_extended(
     for folder in (once, killed):
         shutil.copytree(whole, folder)
     assert main(["--resume", str(once), "--epochs", "6"]) == 0
-    rate = [0.005 * lr_factor(step, steps, steps // 10, 0.01) for step, steps in ((11, 12), (12, 18))]
+    rate = [0.002 * lr_factor(step, steps, steps // 10, 0.01) for step, steps in ((11, 12), (12, 18))]
     assert (
         f"note: 4 epochs become 6: the learning rate goes on as in a run of 6, from {rate[0]:.3g} to {rate[1]:.3g} now"
     ) in capsys.readouterr().out
     rows = columns(once)
     assert rows[:4] == columns(whole) and len(rows) == 6
-    assert float(rows[5]["lr"]) == 0.005 * lr_factor(17, 18, 1, 0.01)
+    assert float(rows[5]["lr"]) == 0.002 * lr_factor(17, 18, 1, 0.01)
     assert read_options(once / "config.yaml")["epochs"] == "6"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_before(patch, "append_csv", 2)

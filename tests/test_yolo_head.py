@@ -199,7 +199,7 @@ def slow_loss(outputs: list[Tensor], targets: Targets, classes: int) -> dict[str
     share = 3 / len(outputs)
     parts["box"] *= BOX * share
     parts["obj"] *= OBJECTNESS * share * HEIGHT * WIDTH / 640**2
-    parts["cls"] *= CLASS * share * max(classes, 20) / 80
+    parts["cls"] *= CLASS * share * max(classes, 4) / 80
     return parts
 
 
@@ -235,7 +235,7 @@ def test_the_loss_goes_by_its_options():
     for level in zeros:
         level[..., 5:] = torch.tensor([-LN3, LN3, 0])  # 1/4, 3/4, 1/2
     wanted = [0.1 * math.log(4) + 0.9 * math.log(4 / 3), 0.1 * math.log(4) + 0.9 * math.log(4 / 3), math.log(2)]
-    expected = sum(wanted) / 3 * CLASS * 3 / 2 * 20 / 80  # of 10 x 13, one anchor of the fine level
+    expected = sum(wanted) / 3 * CLASS * 3 / 2 * 4 / 80  # of 10 x 13, one anchor of the fine level
     assert float(head.loss(zeros, targets)[1]["cls"]) == pytest.approx(expected, rel=1e-5)
 
     head.options["anchor_t"] = 3.5  # 30 x 20 is three times as wide

@@ -26,7 +26,7 @@ from models.spec import Anchors
 LARGEST_RATIO = 2.5  # of a box to its anchor, in width and height. yolov5 has 4, as far as decode reaches; with anchors
 # fitted to the boxes that makes every level answer for nearly every box, and a short run learns later
 BOX, OBJECTNESS, CLASS = 0.05, 1.0, 0.5  # gains of yolov5, meant for 3 levels, 640 pixels and 80 classes
-FEWEST_CLASSES = 20  # the class loss of fewer weighs as much as theirs: by yolov5's rule that of 5 is next to nothing
+FEWEST_CLASSES = 4  # the class loss of fewer weighs as much as theirs
 BALANCE = {3: (4.0, 1.0, 0.4)}  # objectness weight of a level, finest first; its cells are many and mostly empty
 BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
 

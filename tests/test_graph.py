@@ -408,7 +408,7 @@ def test_options_are_never_scaled():
         ("2.number", (3, 9)),
     ]
     frozen = spec.freeze({"2.c_out": 100, "2.kernel": 5, "2.number": 9}).layers[2]
-    assert (frozen.repeats, frozen.args) == (9, (100, 5))
+    assert (frozen.repeats, frozen.args, dict(frozen.kwargs)) == (9, (), {"c_out": 100, "kernel": 5})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

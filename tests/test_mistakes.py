@@ -206,7 +206,10 @@ MISTAKES = {
     ),
     "no head at the end": (
         ("  - [[14, 17, 20], 1, Detect, [nc, anchors]]  # 21\n", ""),
-        ["29:5 layer 20 [-1, 1, C3, [256]]: a model's last row is its head, DFLDetect or Detect; here it is C3"],
+        [
+            "29:5 layer 20 [-1, 1, C3, [256]]: a model's last row is its head, "
+            "Classify or DFLDetect or SSDHead or Detect; here it is C3"
+        ],
     ),
     "groups that do not divide": (
         ("[128, 3, 2]]  # 4", "[128, 3, 2, None, 3]]  # 4"),

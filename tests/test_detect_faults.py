@@ -202,6 +202,8 @@ def arranged(fault, source, run, patch, request):
             return source, ["--save-json", "--nosave"], {"predictions.json": 0}
         case "Ctrl-C":
             clip(source / "a.mp4", frames=9)
+            usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
+            request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
             patch.setattr(infer, "load", lambda *_, **__: Model(Interrupting().eval(), NAMES, 128))
             return source / "a.mp4", TABLES, {"a.mp4": 4, "predictions.csv": 4, "predictions.json": 4}
         case "a codec that cannot be written":

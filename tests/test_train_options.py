@@ -197,7 +197,7 @@ def test_label_smoothing_is_the_formula(smoothing: float) -> None:
                 terms.append(-goal * math.log(p) - (1 - goal) * math.log(1 - p))
         expected += sum(terms) / len(terms) if terms else 0.0
     _, parts = network.loss_from(outputs, targets)
-    assert expected > 0 and float(parts["cls"]) == pytest.approx(expected * 0.5 * 3 / 2 * 20 / 80, rel=1e-4)
+    assert expected > 0 and float(parts["cls"]) == pytest.approx(expected * 0.5 * 3 / 2 * 4 / 80, rel=1e-4)
 
 
 def test_gains_and_reach_are_the_heads(options: dict[str, Any]) -> None:

@@ -349,7 +349,7 @@ def test_two_real_trials_from_the_command_line(tmp_path: Path, capsys) -> None:
     assert f"tuning 15 hyper-parameters in {folder}, 0 of 2 trials are done" in capsys.readouterr().out
     rows = read_csv(folder / "tune.csv")
     assert [row["state"] for row in rows] == ["done", "done"]
-    own = TrainConfig(optimizer="AdamW", lr0=0.005)  # what `auto` is in a run of two steps
+    own = TrainConfig(optimizer="AdamW", lr0=0.002)  # what `auto` is in a run of two steps
     assert tried(folder)[0] == {r.name: getattr(own, r.name) for r in RANGES}
     trained = read_options(folder / "trials" / "1" / "config.yaml")
     assert {name: float(trained[name]) for name in tried(folder)[1]} == tried(folder)[1]

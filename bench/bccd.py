@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from data.config import read_data_spec  # noqa: E402
-from data.dataset import DetectionSet  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from engine.config import train_config  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
@@ -88,7 +88,7 @@ def main() -> None:
 
     data = read_data_spec(DATA)
     network = restore(load_checkpoint(result.best))
-    test = DetectionSet(read_split(data, "test").samples, options.imgsz)
+    test = ImageSet(read_split(data, "test").samples, options.imgsz)
     metrics = evaluate(network, test, names=data.names)
     print(metrics.table())
     print(table([(k, f"{v:.1f}") for k, v in minutes.items()], ("part", "minutes")))

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 
 from bench.bccd import RECIPE  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
-from data.dataset import DetectionSet  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from engine.calibrate import calibrate  # noqa: E402
 from engine.evaluate import calibration_images, check_imgsz  # noqa: E402
@@ -101,7 +101,7 @@ def start_of(subnet: Architecture, supernet: Supernet, calibration: list[torch.T
 def on_test(network: Network, imgsz: int) -> dict[str, Any]:
     """AP of a network on the test split, and with each group of its images left out."""
     data = read_data_spec(DATA)
-    images = DetectionSet(read_split(data, "test").samples, imgsz)
+    images = ImageSet(read_split(data, "test").samples, imgsz)
     (verdict,) = judge([network], 0, [], images, names=data.names, batch_size=16, device=torch.device("cpu"))
     return {"ap": verdict.metrics.ap, "ap50": verdict.metrics.ap50, "ap_without": verdict.ap_without}
 
@@ -160,7 +160,7 @@ def main() -> None:
         space = SearchSpace.of(supernet.spec)
         tables = cost_tables(resolve(supernet.spec), check_imgsz(options.imgsz, supernet.network.max_stride))
         weight_samples, _ = split_train(read_split(read_data_spec(DATA), "train").samples)
-        images = DetectionSet(weight_samples, options.imgsz, None, config.seed)
+        images = ImageSet(weight_samples, options.imgsz, None, config.seed)
         calibration = list(calibration_images(images, config.calibration, config.seed, "cpu"))
         for cell, number in chosen(project / "search", space, tables["macs"]).items():
             if files[cell].exists():

@@ -46,7 +46,7 @@ from tqdm import tqdm  # noqa: E402
 from bench.learn import BATCH, JUDGED_BY, interval, is_complete, judged, run  # noqa: E402
 from bench.necks import CFG, NECKS, neck  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
-from data.dataset import DetectionSet  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.structures import Fault  # noqa: E402
 from engine.evaluate import detections_of  # noqa: E402
@@ -126,7 +126,7 @@ def measure(place: Place, cell: str) -> dict[str, Any]:
     checkpoint = load_checkpoint(train_cell(place, cell, folder, place.epochs))
     spec = read_data_spec(place.data())
     samples = read_split(spec, "val").samples
-    images = DetectionSet(samples, place.imgsz, None, seed=0, cache=False)
+    images = ImageSet(samples, place.imgsz, None, seed=0, cache=False)
     found, _ = detections_of(restore(checkpoint).eval(), images, batch_size=BATCH, progress=False, **JUDGED_BY)
     params, macs = totals(network_costs(resolve(checkpoint.spec), place.imgsz))
     about = {"cell": cell, "epochs": place.epochs, "imgsz": place.imgsz, "params": params, "macs": macs}

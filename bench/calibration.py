@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from data.config import read_data_spec  # noqa: E402
-from data.dataset import DetectionSet  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
 from data.loader import batches  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.shapes import draw_shapes  # noqa: E402
@@ -80,15 +80,13 @@ def train(options: argparse.Namespace) -> Path:
     spec = describe(config, read_data_spec(data), None, weight_samples, print)
     supernet = Supernet(spec, config.supernet, config.norms)
     supernet.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    weight_images = DetectionSet(weight_samples, config.imgsz, augmentation(config), config.seed)
-    judge_images = DetectionSet(judge_samples, config.imgsz, None, config.seed)
+    weight_images = ImageSet(weight_samples, config.imgsz, augmentation(config), config.seed)
+    judge_images = ImageSet(judge_samples, config.imgsz, None, config.seed)
     train_supernet(supernet, weight_images, judge_images, [], {}, config, folder, start("cpu"), True, print)
     return folder / "last.pt"
 
 
-def made(
-    weights: Path, judging: int, splits: Sequence[str]
-) -> tuple[Supernet, DetectionSet, DetectionSet, tuple[str, ...]]:
+def made(weights: Path, judging: int, splits: Sequence[str]) -> tuple[Supernet, ImageSet, ImageSet, tuple[str, ...]]:
     """The trained supernet, the images of its weights, augmented as in training, and some that judge; the classes.
 
     Those that judge are the search's own and, behind them, those of `splits`.
@@ -105,14 +103,14 @@ def made(
     weight_samples, judge_samples = split_train(read_split(data, "train").samples)
     for split in splits:
         judge_samples += read_split(data, split).samples
-    seen = DetectionSet(weight_samples, config.imgsz, augmentation(config), config.seed)
-    return supernet, seen, DetectionSet(judge_samples[:judging], config.imgsz, None, config.seed), tuple(data.names)
+    seen = ImageSet(weight_samples, config.imgsz, augmentation(config), config.seed)
+    return supernet, seen, ImageSet(judge_samples[:judging], config.imgsz, None, config.seed), tuple(data.names)
 
 
 # ---- cells
 
 
-def shown_in_training(images: DetectionSet, number: int) -> Iterator[Tensor]:
+def shown_in_training(images: ImageSet, number: int) -> Iterator[Tensor]:
     """`number` images in the order and shape in which an endless training would show them."""
     every = (
         batch
@@ -123,7 +121,7 @@ def shown_in_training(images: DetectionSet, number: int) -> Iterator[Tensor]:
         yield pixels(batch, DEVICE)
 
 
-def calibrations(kind: str, images: DetectionSet, number: int) -> list[Tensor]:
+def calibrations(kind: str, images: ImageSet, number: int) -> list[Tensor]:
     if kind == "running":
         return []
     if kind == "augmented":

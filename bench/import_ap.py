@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from data.config import read_data_spec  # noqa: E402
-from data.dataset import DetectionSet  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
@@ -41,7 +41,7 @@ def main() -> int:
     network, notes = import_weights(options.weights, parse(options.cfg), data.names)
     for note in notes:
         print(f"note: {note}")
-    images = DetectionSet(read_split(data, "val").samples, 640)
+    images = ImageSet(read_split(data, "val").samples, 640)
     rows, result = [("published", *PUBLISHED.values())], {"published": PUBLISHED}
     for place in ("corner", "centre"):
         found = evaluate(network, images, names=data.names, corner=place == "corner")

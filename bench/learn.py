@@ -59,7 +59,7 @@ from tqdm import tqdm  # noqa: E402
 
 from data.config import read_data_spec  # noqa: E402
 from data.convert import convert  # noqa: E402
-from data.dataset import DetectionSet  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
 from data.images import image_size  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.structures import Detections, Fault, Sample  # noqa: E402
@@ -307,7 +307,7 @@ def judged(truths: Sequence[Sample], found: Sequence[Detections], names: Sequenc
 def judged_by_us(network: Network, folder: Path, split: str, imgsz: int) -> dict[str, Any]:
     spec = read_data_spec(folder / "data.yaml")
     samples = read_split(spec, split).samples
-    images = DetectionSet(samples, imgsz, None, seed=0, cache=False)
+    images = ImageSet(samples, imgsz, None, seed=0, cache=False)
     found, _times = detections_of(network.eval(), images, batch_size=BATCH, progress=False, **JUDGED_BY)
     return judged(samples, found, spec.names)
 

@@ -93,7 +93,7 @@ Epoch = Callable[[], Iterator[int]]  # goes through an epoch; how many pictures 
 def ours(folder: Path, imgsz: int, workers: int, cache: str) -> Epoch:
     sys.path.insert(0, str(ROOT))
     from data.augment import Augment
-    from data.dataset import DetectionSet
+    from data.dataset import ImageSet
     from data.loader import batches
     from data.structures import Sample
 
@@ -103,7 +103,7 @@ def ours(folder: Path, imgsz: int, workers: int, cache: str) -> Epoch:
         rows = np.loadtxt(folder / "labels" / f"{path.stem}.txt", dtype=np.float32, ndmin=2).reshape(-1, 5)
         boxes = np.concatenate([rows[:, 1:3] - rows[:, 3:] / 2, rows[:, 1:3] + rows[:, 3:] / 2], axis=1)
         samples.append(Sample(path, boxes * np.float32([width, height] * 2), rows[:, 0].astype(np.int64)))
-    images = DetectionSet(samples, imgsz, Augment(), cache=cache)
+    images = ImageSet(samples, imgsz, Augment(), cache=cache)
     number = 0
 
     def epoch() -> Iterator[int]:

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data.config import read_data_spec  # noqa: E402
-from data.dataset import DetectionSet  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
 from data.loader import batches  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.shapes import draw_shapes  # noqa: E402
@@ -58,7 +58,7 @@ ALLOWED_DIFFERENCE = 1e-5
 DEVICE = torch.device("cpu")
 
 
-def made(options: argparse.Namespace) -> tuple[Supernet, list[Tensor], DetectionSet]:
+def made(options: argparse.Namespace) -> tuple[Supernet, list[Tensor], ImageSet]:
     """The supernet, the calibration batches and the judging images: the first ones of train, and the next."""
     data = read_data_spec(options.data or draw_shapes(ROOT / "datasets" / "shapes"))
     samples = read_split(data, "train").samples
@@ -71,8 +71,8 @@ def made(options: argparse.Namespace) -> tuple[Supernet, list[Tensor], Detection
         spec = replace(parse(options.cfg), num_classes=len(data.names), anchors=ANCHORS)
         supernet = Supernet(spec, options.supernet, options.norms)
     supernet.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    first = DetectionSet(samples[: options.calibration], options.imgsz)
-    judging = DetectionSet(samples[options.calibration :][: options.judging], options.imgsz)
+    first = ImageSet(samples[: options.calibration], options.imgsz)
+    judging = ImageSet(samples[options.calibration :][: options.judging], options.imgsz)
     return supernet, list(calibration_images(first, options.calibration, 0, DEVICE)), judging
 
 

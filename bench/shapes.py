@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from data.config import read_data_spec  # noqa: E402
-from data.dataset import DetectionSet  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.shapes import draw_shapes  # noqa: E402
 from engine.config import TrainConfig  # noqa: E402
@@ -69,7 +69,7 @@ def measure(cell: str, data: Path, epochs: int, imgsz: int) -> dict[str, Any]:
         anchors = tuple(tuple(float(v) for v in range(8 + 40 * k, 8 + 40 * k + 8)) for k in range(3))
         network = build(replace(parse(TINY), num_classes=len(spec.names), anchors=anchors))
         began = time.perf_counter()
-        metrics = evaluate(network, DetectionSet(read_split(spec, "val").samples, imgsz))
+        metrics = evaluate(network, ImageSet(read_split(spec, "val").samples, imgsz))
         minutes = (time.perf_counter() - began) / 60
     else:
         cfg = TINY

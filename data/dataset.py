@@ -65,7 +65,7 @@ class Item:
     index: int
 
 
-class DetectionSet(Dataset[Item]):
+class ImageSet(Dataset[Item]):
     """Samples at one input size, augmented when `augment` is given.
 
     Item `i` depends on (seed, epoch, i) and the samples alone, in whichever process and order it is asked for, and
@@ -130,9 +130,9 @@ class DetectionSet(Dataset[Item]):
         """Chooses another augmentation, as a run does that closes its mosaic before the last epochs."""
         self.augment = augment
 
-    def at_epoch(self, epoch: int, shapes: np.ndarray | None = None) -> DetectionSet:
+    def at_epoch(self, epoch: int, shapes: np.ndarray | None = None) -> ImageSet:
         """The same set in another epoch, its items of these shapes. It shares the images in memory."""
-        view = object.__new__(DetectionSet)  # copy.copy would leave out what __getstate__ does
+        view = object.__new__(ImageSet)  # copy.copy would leave out what __getstate__ does
         view.__dict__.update(self.__dict__, epoch=epoch, shapes=shapes)
         return view
 

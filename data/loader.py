@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.dataset import NEAR, DetectionSet, Item, order
+from data.dataset import NEAR, ImageSet, Item, order
 from data.structures import Batch, Fault, Targets
 
 
@@ -36,7 +36,7 @@ class Batches:
 class Runs(Dataset[list[Batch]]):
     """Batches that one process makes one after the other, from the lists of their images."""
 
-    def __init__(self, items: DetectionSet) -> None:
+    def __init__(self, items: ImageSet) -> None:
         self.items = items
 
     def __getitem__(self, lists: list[list[int]]) -> list[Batch]:
@@ -44,7 +44,7 @@ class Runs(Dataset[list[Batch]]):
 
 
 def batches(
-    dataset: DetectionSet,
+    dataset: ImageSet,
     batch_size: int,
     *,
     epoch: int = 0,
@@ -103,7 +103,7 @@ def batches(
     return Batches(loader, lists)
 
 
-def shared_shapes(dataset: DetectionSet, whole: Sequence[np.ndarray]) -> np.ndarray:
+def shared_shapes(dataset: ImageSet, whole: Sequence[np.ndarray]) -> np.ndarray:
     """Height and width ``[images, 2]`` of the smallest rectangle that holds all images of a batch, for each of them."""
     shapes = np.zeros((len(dataset), 2), dtype=np.int64)
     for chunk in whole:
@@ -112,7 +112,7 @@ def shared_shapes(dataset: DetectionSet, whole: Sequence[np.ndarray]) -> np.ndar
 
 
 def batch_at(
-    dataset: DetectionSet, batch_size: int, number: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+    dataset: ImageSet, batch_size: int, number: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
 ) -> Batch:
     """Batch `number` (from 0) of an endless shuffled sequence, or the share of it that `rank` gets.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import batches
 from data.structures import Ranking, Sample
 from engine.evaluate import Asked, file_names, pixels, timed, times_line, without_nan
@@ -124,7 +124,7 @@ def _mean(values: np.ndarray) -> float:
 
 def scores_of(
     network: Network,
-    dataset: DetectionSet,
+    dataset: ImageSet,
     *,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
@@ -158,7 +158,7 @@ def scores_of(
 
 
 def evaluate_classes(
-    network: Network, dataset: DetectionSet, *, names: Sequence[str] | None = None, **options: Any
+    network: Network, dataset: ImageSet, *, names: Sequence[str] | None = None, **options: Any
 ) -> ClassMetrics:
     """Run ``network`` over ``dataset`` and measure it; ``options`` are those of `scores_of`.
 
@@ -199,7 +199,7 @@ def ranked_rows(found: Ranking, names: Sequence[str]) -> list[dict[str, Any]]:
 def validate_classifier(asked: Asked) -> None:
     """Measures a classifier, prints its numbers, and writes what is asked for into a folder of its own."""
     options, samples, names = asked.options, asked.split.samples, asked.data.names
-    images = DetectionSet(samples, asked.imgsz, None, seed=0, cache=False, crop=True)
+    images = ImageSet(samples, asked.imgsz, None, seed=0, cache=False, crop=True)
     scores, ms_per_image = scores_of(
         asked.network, images, batch_size=options.batch_size, device=asked.device, workers=options.workers
     )

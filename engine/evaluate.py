@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.augment import Augment
 from data.config import DataSpec, read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.images import image_size
 from data.loader import batches
 from data.readers import Split, read_split
@@ -292,7 +292,7 @@ def pixels(batch: Batch, device: torch.device | str) -> torch.Tensor:
 
 
 def calibration_images(
-    images: DetectionSet, count: int, seed: int, device: torch.device | str, augment: Augment | None = None
+    images: ImageSet, count: int, seed: int, device: torch.device | str, augment: Augment | None = None
 ) -> Iterator[torch.Tensor]:
     """Training images for `engine.calibrate`, always the same: as they are, or changed by chance as `augment` says.
 
@@ -327,7 +327,7 @@ def in_corner(batch: Batch) -> Batch:
 
 def detections_of(
     network: Network,
-    dataset: DetectionSet,
+    dataset: ImageSet,
     *,
     batch_size: int = 16,
     conf: float = 0.001,
@@ -387,7 +387,7 @@ def detections_of(
 
 def evaluate(
     network: Network,
-    dataset: DetectionSet,
+    dataset: ImageSet,
     *,
     names: Sequence[str] | None = None,
     batch_size: int = 16,
@@ -561,7 +561,7 @@ def validate_detector(asked: Asked) -> None:
         print(f"--conf-thres {options.conf_thres}: AP counts low scores too and comes out too low; 0.001 is usual")
     names = ONE_CLASS if options.single_cls else asked.data.names
     samples = as_one_class(split.samples) if options.single_cls else split.samples
-    dataset = DetectionSet(samples, asked.imgsz, None, seed=0, cache=False, rect=options.rect)
+    dataset = ImageSet(samples, asked.imgsz, None, seed=0, cache=False, rect=options.rect)
     found, ms_per_image = detections_of(
         asked.network,
         dataset,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import batches
 from data.structures import Batch, Targets
 from engine.evaluate import pixels
@@ -78,7 +78,7 @@ def one_step(network: Network, batch: Batch, device: torch.device, amp: str) -> 
 # ---- the batch that fits
 
 
-def find_batch_size(network: Network, images: DetectionSet, device: torch.device, amp: str) -> tuple[int, str]:
+def find_batch_size(network: Network, images: ImageSet, device: torch.device, amp: str) -> tuple[int, str]:
     """A power of two for ``--batch-size -1``, and the reason in one line.
 
     On a GPU it is the largest batch whose step needs at most 80 % of the free memory. On a CPU larger batches are

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from data.config import DataSpec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import Batches
 from engine.distributed import World
 from engine.draw import grid, write_image
@@ -97,7 +97,7 @@ def git_state(root: Path) -> dict[str, Any] | None:
 # ---- what it saw
 
 
-def draw_beginning(folder: Path, task: Task, loader: Batches, images: DetectionSet, names: Sequence[str]) -> None:
+def draw_beginning(folder: Path, task: Task, loader: Batches, images: ImageSet, names: Sequence[str]) -> None:
     """``train_batch0.jpg`` and two more, as the network gets them, and ``labels.png``."""
     for number, batch in enumerate(islice(loader, SHOWN_BATCHES)):
         write_image(folder / f"train_batch{number}.jpg", grid(batch.images, batch.targets, names))
@@ -108,7 +108,7 @@ def draw_end(
     folder: Path,
     task: Task,
     data: DataSpec,
-    images: DetectionSet,
+    images: ImageSet,
     device: torch.device,
     *,
     parts: Sequence[str],

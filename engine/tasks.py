@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.config import BOXES, DataSpec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.structures import Fault, Sample
 from engine.classify import ClassMetrics, evaluate_classes, scores_of, validate_classifier
 from engine.config import RunConfig, option_name
@@ -78,7 +78,7 @@ def classes_of_detector(metrics: Metrics) -> dict[str, float]:
     return found
 
 
-def draw_detector(folder: Path, network: Network, images: DetectionSet, names: Sequence[str], **options: Any) -> None:
+def draw_detector(folder: Path, network: Network, images: ImageSet, names: Sequence[str], **options: Any) -> None:
     found, _ = detections_of(network, images, **options)
     draw_evaluation(folder, images.samples, found, names)
 
@@ -90,7 +90,7 @@ def classes_of_classifier(metrics: ClassMetrics) -> dict[str, float]:
     return {f"top1 of {name}": top1 for name, _, top1, *_ in metrics.per_class}
 
 
-def draw_classifier(folder: Path, network: Network, images: DetectionSet, names: Sequence[str], **options: Any) -> None:
+def draw_classifier(folder: Path, network: Network, images: ImageSet, names: Sequence[str], **options: Any) -> None:
     scores, _ = scores_of(network, images, **options)
     draw_classification(folder, images.samples, scores, names)
 
@@ -146,7 +146,7 @@ def task_of(spec: ModelSpec) -> Task:
     return TASKS[name]
 
 
-def evaluate(network: Network, dataset: DetectionSet, **options: Any) -> Any:
+def evaluate(network: Network, dataset: ImageSet, **options: Any) -> Any:
     """The metrics of the network's task over ``dataset``; ``options`` are those of the task's own `evaluate`."""
     return task_of(network.spec).evaluate(network, dataset, **options)
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import Batches, batches
 from data.structures import Fault
 from engine.calibrate import calibrate_by
@@ -135,8 +135,8 @@ def train(
         augment = augmentation(config)
         calm = replace(augment, mosaic=0.0, mixup=0.0)
         how = (config.seed, config.cache, config.rect, task.crops)
-        images = DetectionSet(train_split.samples, config.imgsz, augment, *how)
-        val_images = DetectionSet(val_split.samples, config.imgsz, None, *how)
+        images = ImageSet(train_split.samples, config.imgsz, augment, *how)
+        val_images = ImageSet(val_split.samples, config.imgsz, None, *how)
         calm_from = config.epochs - closing_epochs(config) + 1
         if config.batch_size == -1:
             amp = config.amp if config.amp != "auto" else amp_of(device)
@@ -403,7 +403,7 @@ def empty(folder: Path) -> None:
             file.unlink()
 
 
-def ready(average: Network, images: DetectionSet, plan: Plan, config: TrainConfig, device: torch.device) -> Network:
+def ready(average: Network, images: ImageSet, plan: Plan, config: TrainConfig, device: torch.device) -> Network:
     """A copy of the averaged weights to be judged and used; after a short run with norms that are calibrated.
 
     On images as training sees them, mosaics and all: the weights have learned behind norms of such images, and with the

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.structures import Fault
 from engine.calibrate import calibrate
 from engine.latency import measure_ms
@@ -43,7 +43,7 @@ class Trial:
     budgets: Sequence[Budget]
     config: SearchConfig
     calibration: Sequence[Tensor]
-    images: DetectionSet
+    images: ImageSet
     names: Sequence[str]
     device: torch.device
     progress: bool

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import Batches, batches
 from data.structures import Detections
 from engine.calibrate import calibrate_by
@@ -49,7 +49,7 @@ def judge(
     networks: Sequence[Network],
     trunk_rows: int,
     calibration: Sequence[Tensor],
-    images: DetectionSet,
+    images: ImageSet,
     *,
     names: Sequence[str],
     batch_size: int,

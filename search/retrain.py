@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data.config import DataSpec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from engine.config import RunConfig, TrainConfig
 from engine.evaluate import Metrics, evaluate
 from engine.runs import append_csv, read_csv, table
@@ -29,7 +29,7 @@ def retrain(
     folder: Path,
     config: SearchConfig,
     data: DataSpec,
-    val_images: DetectionSet,
+    val_images: ImageSet,
     device: torch.device,
     progress: bool,
     say: Callable[[str], None],

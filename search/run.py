@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data.config import read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.structures import Fault, Sample
 from engine import distributed
 from engine.config import add_options, checked, save_config
@@ -88,9 +88,9 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
         )
         for note in (*train_split.notes, *val_split.notes):
             say(f"note: {note}")
-        weight_images = DetectionSet(weight_samples, config.imgsz, augmentation(config), config.seed, config.cache)
-        judge_images = DetectionSet(judge_samples, config.imgsz, None, config.seed, config.cache)
-        val_images = DetectionSet(val_split.samples, config.imgsz, None, config.seed, config.cache)
+        weight_images = ImageSet(weight_samples, config.imgsz, augmentation(config), config.seed, config.cache)
+        judge_images = ImageSet(judge_samples, config.imgsz, None, config.seed, config.cache)
+        val_images = ImageSet(val_split.samples, config.imgsz, None, config.seed, config.cache)
 
         # The space and what its subnets cost. A budget that cannot be met ends here, before anything is trained.
         spec = resumed.spec if resumed else describe(config, data, None, train_split.samples, say)

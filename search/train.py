@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import Batches, batch_at, batches
 from data.structures import Fault, Sample
 from engine import config as options
@@ -76,8 +76,8 @@ SLOWEST_ALPHA, FASTEST_ALPHA = 1e-3, 5e-2  # bounds of its learning rate; the lo
 
 def train_supernet(
     supernet: Supernet,
-    weight_images: DetectionSet,
-    judge_images: DetectionSet,
+    weight_images: ImageSet,
+    judge_images: ImageSet,
     budgets: Sequence[Budget],
     tables: Mapping[str, CostTable],
     config: SearchConfig,
@@ -288,13 +288,13 @@ def train_supernet(
 # ---- what the story calls, in its order ----
 
 
-def weight_batches(images: DetectionSet, config: SearchConfig, world: World) -> Callable[..., Batches]:
+def weight_batches(images: ImageSet, config: SearchConfig, world: World) -> Callable[..., Batches]:
     """The batches of a process that the weights see, a function of the epoch."""
     size = min(config.batch_size, len(images))
     return partial(batches, images, size, seed=config.seed, shuffle=True, rank=world.rank, world_size=world.size)
 
 
-def lengths(images: DetectionSet, config: SearchConfig, world: World) -> tuple[int, int, int]:
+def lengths(images: ImageSet, config: SearchConfig, world: World) -> tuple[int, int, int]:
     """Weight steps in all, how many of them come before the first step of alphas can, and the steps of alphas.
 
     Raises a Fault where there would be none of the latter, and where a process would get no image.

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import batches
 from engine.calibrate import calibrate_by
 from engine.evaluate import pixels
@@ -34,7 +34,7 @@ def losses(
     supernet: Supernet,
     space: SearchSpace,
     calibration: Sequence[Tensor],
-    images: DetectionSet,
+    images: ImageSet,
     *,
     batch_size: int,
     device: torch.device,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import data.dataset
 from data.augment import GREY, Augment, letterbox
-from data.dataset import NEAR, DetectionSet, order
+from data.dataset import NEAR, ImageSet, order
 from data.images import read_image
 from data.loader import batches
 from data.structures import Batch, Fault, Sample
@@ -46,7 +46,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 
 def test_an_item_without_augmentation_is_its_letterboxed_image(samples: list[Sample]) -> None:
-    item = DetectionSet(samples, 64)[2]
+    item = ImageSet(samples, 64)[2]
     bgr = cv2.imread(str(samples[2].path))
     image, box = letterbox(bgr[:, :, ::-1], 64)
     assert torch.equal(item.image, torch.from_numpy(image.transpose(2, 0, 1).copy()))
@@ -55,7 +55,7 @@ def test_an_item_without_augmentation_is_its_letterboxed_image(samples: list[Sam
 
 
 def test_a_batch_says_which_image_a_target_is_in(samples: list[Sample]) -> None:
-    first, last = list(batches(DetectionSet(samples, 64), 6))
+    first, last = list(batches(ImageSet(samples, 64), 6))
     assert first.images.shape == (6, 3, 64, 64) and first.images.dtype == torch.uint8
     assert first.targets.image_index.tolist() == [1, 2, 2, 4, 5, 5]
     assert first.targets.labels.tolist() == [1, 2, 2, 4, 5, 5]
@@ -64,21 +64,21 @@ def test_a_batch_says_which_image_a_target_is_in(samples: list[Sample]) -> None:
 
 
 def test_a_batch_without_any_box_has_empty_targets(samples: list[Sample]) -> None:
-    (batch,) = batches(DetectionSet([samples[0]], 64), 4)
+    (batch,) = batches(ImageSet([samples[0]], 64), 4)
     assert batch.targets.boxes.shape == (0, 4) and batch.targets.labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize(("drop_last", "sizes"), [(False, [4, 4, 2]), (True, [4, 4])])
 def test_the_length_is_the_number_of_batches(samples: list[Sample], drop_last: bool, sizes: list[int]) -> None:
-    loader = batches(DetectionSet(samples, 32), 4, drop_last=drop_last)
+    loader = batches(ImageSet(samples, 32), 4, drop_last=drop_last)
     assert len(loader) == len(sizes)
     assert [len(batch.indices) for batch in loader] == sizes
-    assert len(batches(DetectionSet([], 32), 4)) == 0
+    assert len(batches(ImageSet([], 32), 4)) == 0
 
 
 def test_workers_change_nothing(samples: list[Sample]) -> None:
     alone, helped = (
-        list(batches(DetectionSet(samples, 64, Augment(), seed=3), 4, epoch=2, seed=5, shuffle=True, workers=workers))
+        list(batches(ImageSet(samples, 64, Augment(), seed=3), 4, epoch=2, seed=5, shuffle=True, workers=workers))
         for workers in (0, 2)
     )
     for one, other in zip(alone, helped, strict=True):
@@ -86,26 +86,26 @@ def test_workers_change_nothing(samples: list[Sample]) -> None:
 
 
 def test_an_epoch_can_be_had_again_without_those_before_it(samples: list[Sample]) -> None:
-    dataset = DetectionSet(samples, 64, Augment())
+    dataset = ImageSet(samples, 64, Augment())
     epochs = [list(batches(dataset, COUNT, epoch=epoch, shuffle=True))[0] for epoch in range(3)]
-    fresh = DetectionSet(samples, 64, Augment(), cache=False)
+    fresh = ImageSet(samples, 64, Augment(), cache=False)
     assert_equal(epochs[2], next(iter(batches(fresh, COUNT, epoch=2, shuffle=True))))
     assert not torch.equal(epochs[0].images, epochs[1].images) and epochs[0].indices != epochs[1].indices
 
 
 def test_an_augmented_item_depends_on_seed_and_epoch_only(samples: list[Sample]) -> None:
-    dataset = DetectionSet(samples, 64, Augment())
+    dataset = ImageSet(samples, 64, Augment())
     first = dataset[3].image
     assert torch.equal(dataset[3].image, first)
     assert not torch.equal(dataset.at_epoch(1)[3].image, first) and dataset.epoch == 0
-    assert not torch.equal(DetectionSet(samples, 64, Augment(), seed=1)[3].image, first)
+    assert not torch.equal(ImageSet(samples, 64, Augment(), seed=1)[3].image, first)
     dataset.set_augment(None)
-    assert torch.equal(dataset[3].image, DetectionSet(samples, 64)[3].image)
+    assert torch.equal(dataset[3].image, ImageSet(samples, 64)[3].image)
 
 
 def test_loading_leaves_the_global_random_states_alone(samples: list[Sample]) -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    list(batches(DetectionSet(samples, 32, Augment()), 4, shuffle=True, workers=1))
+    list(batches(ImageSet(samples, 32, Augment()), 4, shuffle=True, workers=1))
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
 
@@ -115,23 +115,23 @@ def test_the_cache_changes_nothing(samples: list[Sample], tmp_path: Path, monkey
     monkeypatch.setattr(data.dataset, "RECENT", 3)
     strong = Augment(mixup=0.5, copy_small=0.5, degrees=0.0)
     for augment in (strong, None):
-        sets = [DetectionSet(samples, 64, augment, cache=cache) for cache in ("ram", "disk", "disk", "off")]
+        sets = [ImageSet(samples, 64, augment, cache=cache) for cache in ("ram", "disk", "disk", "off")]
         for index in (0, 1, 2, 5, 9, 0, 5):
             first, *others = [items[index] for items in sets]
             for other in others:
                 assert torch.equal(first.image, other.image) and torch.equal(first.boxes, other.boxes)
                 assert torch.equal(first.labels, other.labels) and first.letterbox == other.letterbox
-    assert [DetectionSet(samples, 64, cache=cache).cache for cache in (True, False)] == ["ram", "off"]
+    assert [ImageSet(samples, 64, cache=cache).cache for cache in (True, False)] == ["ram", "off"]
     with pytest.raises(Fault) as fault:
-        DetectionSet(samples, 64, cache="disc")
+        ImageSet(samples, 64, cache="disc")
     assert str(fault.value) == "cache is 'disc'; ram, disk, off are right; did you mean 'disk'?"
 
 
 def test_the_cache_in_memory_has_a_limit(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.dataset, "CACHE_BYTES", 3 * 64 * 64 * 4)
-    small = DetectionSet(samples, 64, Augment())
+    small = ImageSet(samples, 64, Augment())
     small.fill_cache()
-    large = DetectionSet(samples, 64, Augment(), cache="off")
+    large = ImageSet(samples, 64, Augment(), cache="off")
     assert len(small._cache) == 4 and not small.is_cached()
     assert all(torch.equal(small[index].image, large[index].image) for index in range(COUNT))
 
@@ -143,26 +143,26 @@ def test_the_cache_on_disk_is_outside_the_data_and_notices_a_changed_image(
     path = tmp_path / "image.png"
     path.write_bytes(samples[0].path.read_bytes())
     sample = Sample(path, samples[0].boxes, samples[0].labels)
-    first = DetectionSet([sample], 32, cache="disk")[0]
+    first = ImageSet([sample], 32, cache="disk")[0]
     (kept,) = (tmp_path / "cache" / "oneshot-yolo" / "images").rglob("*.npy")
     assert sorted(tmp_path.iterdir()) == [tmp_path / "cache", path]
     np.save(kept, np.zeros_like(np.load(kept)))  # so that it shows who is asked
-    assert DetectionSet([sample], 32, cache="disk")[0].image.max() == GREY
+    assert ImageSet([sample], 32, cache="disk")[0].image.max() == GREY
     kept.write_bytes(kept.read_bytes()[:200])  # cut off: read anew
-    assert torch.equal(DetectionSet([sample], 32, cache="disk")[0].image, first.image)
+    assert torch.equal(ImageSet([sample], 32, cache="disk")[0].image, first.image)
     assert np.load(kept).any()
-    assert DetectionSet([sample], 64, cache="disk")[0].image.shape == (3, 64, 64)
+    assert ImageSet([sample], 64, cache="disk")[0].image.shape == (3, 64, 64)
 
     before = path.stat()
     cv2.imwrite(str(path), 255 - cv2.imread(str(path)))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    changed = DetectionSet([sample], 32, cache="disk")[0]
-    assert torch.equal(changed.image, DetectionSet([sample], 32, cache="off")[0].image)
+    changed = ImageSet([sample], 32, cache="disk")[0]
+    assert torch.equal(changed.image, ImageSet([sample], 32, cache="off")[0].image)
     assert not torch.equal(changed.image, first.image)
 
 
 def test_another_process_gets_the_set_without_its_images(samples: list[Sample]) -> None:
-    images = DetectionSet(samples, 64, Augment())
+    images = ImageSet(samples, 64, Augment())
     before = len(pickle.dumps(images))
     expected = [images[index].image for index in range(COUNT)]
     assert len(images._cache) == COUNT and len(pickle.dumps(images)) - before < 1000
@@ -173,7 +173,7 @@ def test_another_process_gets_the_set_without_its_images(samples: list[Sample]) 
 
 def test_spawned_workers_change_nothing(samples: list[Sample]) -> None:
     """As on Windows and macOS."""
-    images = DetectionSet(samples, 32, Augment(), seed=3)
+    images = ImageSet(samples, 32, Augment(), seed=3)
     alone = list(batches(images, 5, epoch=2, shuffle=True))
     spawned = list(batches(images, 5, epoch=2, shuffle=True, workers=1, start_method="spawn"))
     for one, other in zip(alone, spawned, strict=True):
@@ -182,7 +182,7 @@ def test_spawned_workers_change_nothing(samples: list[Sample]) -> None:
 
 @pytest.mark.parametrize("count", [1, NEAR - 1, NEAR, 2 * NEAR - 1, 2 * NEAR, 3 * NEAR + 5])
 def test_mosaics_are_made_of_images_that_stand_together(count: int) -> None:
-    images = DetectionSet([Sample(Path(f"{i}.png"), np.zeros((0, 4)), np.zeros(0)) for i in range(count)], 32, seed=4)
+    images = ImageSet([Sample(Path(f"{i}.png"), np.zeros((0, 4)), np.zeros(0)) for i in range(count)], 32, seed=4)
     at = images.at_epoch(3)
     groups = {tuple(at._near(index).tolist()) for index in range(count)}
     assert all(index in at._near(index) for index in range(count))
@@ -203,7 +203,7 @@ def test_whoever_keeps_the_order_decodes_each_image_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(data.dataset, "read_image", read)
     monkeypatch.setattr(data.dataset, "image_size", lambda path: (32, 24))
     empty = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-    images = DetectionSet([Sample(Path(f"{i}.jpg"), *empty) for i in range(150)], 32, Augment(), seed=4, cache="off")
+    images = ImageSet([Sample(Path(f"{i}.jpg"), *empty) for i in range(150)], 32, Augment(), seed=4, cache="off")
     for batch in batches(images, 16, epoch=1, seed=4, shuffle=True):
         assert batch.images.shape[1:] == (3, 32, 32)
     assert len(seen) == len(set(seen)) > 140  # one that shows nowhere is not read at all
@@ -211,7 +211,7 @@ def test_whoever_keeps_the_order_decodes_each_image_once(monkeypatch: pytest.Mon
 
 def test_runs_of_batches_go_to_one_worker(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.loader, "NEAR", 6)
-    images = DetectionSet(samples, 32, Augment(), seed=3, cache="off")
+    images = ImageSet(samples, 32, Augment(), seed=3, cache="off")
     helped = batches(images, 2, epoch=2, shuffle=True, workers=2)
     assert [len(run) for run in helped.loader.sampler] == [3, 2]  # type: ignore[arg-type]
     alone = list(batches(images, 2, epoch=2, shuffle=True))
@@ -233,7 +233,7 @@ def test_batches_of_rectangles_hold_every_sample_once(
     sizes: list[tuple[int, int]], batch_size: int, shuffle: bool
 ) -> None:
     samples = [Sample(Path(f"{i}.png"), np.zeros((0, 4)), np.zeros(0)) for i in range(len(sizes))]
-    images = DetectionSet(samples, 96, rect=True)
+    images = ImageSet(samples, 96, rect=True)
     images._sizes.update(dict(enumerate(sizes)))
     loader = batches(images, batch_size, epoch=1, shuffle=shuffle)
     assert sorted(index for indices in loader.lists for index in indices) == list(range(len(sizes)))
@@ -255,9 +255,9 @@ def test_batches_of_rectangles_hold_every_sample_once(
 @pytest.mark.parametrize("augment", [None, Augment(mosaic=0, mixup=0.5), Augment()])
 def test_a_batch_of_rectangles_has_one_shape(samples: list[Sample], augment: Augment | None) -> None:
     wide = [sample for sample in samples if np.divide(*cv2.imread(str(sample.path)).shape[:2]) < 0.9]
-    (batch,) = batches(DetectionSet(wide, 64, augment, rect=True), COUNT, shuffle=True)
+    (batch,) = batches(ImageSet(wide, 64, augment, rect=True), COUNT, shuffle=True)
     assert len(wide) > 1 and batch.images.shape == (len(wide), 3, 64, 64)
-    images = DetectionSet(wide, 320, augment, rect=True)
+    images = ImageSet(wide, 320, augment, rect=True)
     for batch in batches(images, 2, shuffle=True, workers=1):
         (rows, columns), boxes = batch.images.shape[2:], batch.targets.boxes
         assert columns == 320 and rows < 320 and rows % 32 == 0
@@ -265,7 +265,7 @@ def test_a_batch_of_rectangles_has_one_shape(samples: list[Sample], augment: Aug
 
 
 def test_a_letterbox_leads_back_from_a_rectangle(samples: list[Sample]) -> None:
-    for batch in batches(DetectionSet(samples, 64, rect=True), 3):
+    for batch in batches(ImageSet(samples, 64, rect=True), 3):
         for place, (index, box) in enumerate(zip(batch.indices, batch.letterboxes, strict=True)):
             found = batch.targets.boxes[batch.targets.image_index == place].numpy()
             np.testing.assert_allclose(box.to_original(found), samples[index].boxes, atol=1e-4)
@@ -278,7 +278,7 @@ def test_a_letterbox_leads_back_from_a_rectangle(samples: list[Sample]) -> None:
 
 
 def test_left_over_rectangles_are_drawn_anew_each_epoch() -> None:
-    images = DetectionSet([Sample(Path(f"{i}.png"), np.zeros((0, 4)), np.zeros(0)) for i in range(7)], 64, rect=True)
+    images = ImageSet([Sample(Path(f"{i}.png"), np.zeros((0, 4)), np.zeros(0)) for i in range(7)], 64, rect=True)
     images._sizes.update({index: (40 + index, 40) for index in range(7)})
     left = [
         set(range(7)) - set(sum(batches(images, 3, epoch=e, shuffle=True, drop_last=True).lists, [])) for e in range(20)
@@ -297,7 +297,7 @@ def test_a_large_jpeg_is_decoded_small_for_training_only(tmp_path: Path) -> None
     cv2.imwrite(str(path), picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
     sample = Sample(path, np.float32([[64, 32, 160, 96]]), np.array([0]))
     still = Augment(mosaic=0, scale=0, translate=0, hsv=(0, 0, 0), flip_lr=0)
-    training, plain = DetectionSet([sample], 64, still), DetectionSet([sample], 64)
+    training, plain = ImageSet([sample], 64, still), ImageSet([sample], 64)
     assert training._reduction(0) == 4 and plain._reduction(0) == 1
     assert training[0].letterbox == plain[0].letterbox
     np.testing.assert_allclose(training[0].boxes, plain[0].boxes)
@@ -306,7 +306,7 @@ def test_a_large_jpeg_is_decoded_small_for_training_only(tmp_path: Path) -> None
     assert torch.equal(plain[0].image, torch.from_numpy(letterbox(read_image(path), 64)[0].transpose(2, 0, 1).copy()))
     odd = tmp_path / "odd.jpg"
     cv2.imwrite(str(odd), picture[:191])
-    assert DetectionSet([Sample(odd, sample.boxes, sample.labels)], 64, still)._reduction(0) == 1
+    assert ImageSet([Sample(odd, sample.boxes, sample.labels)], 64, still)._reduction(0) == 1
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
@@ -322,7 +322,7 @@ def test_a_reduced_image_is_upright_and_its_sides_divided(tmp_path: Path, reduct
 def test_an_unreadable_image_is_one_line(samples: list[Sample], workers: int, tmp_path: Path) -> None:
     path = tmp_path / "bad.jpg"
     path.write_bytes(b"\xff\xd8no image")
-    dataset = DetectionSet([*samples, Sample(path, samples[1].boxes, samples[1].labels)], 32, cache=False)
+    dataset = ImageSet([*samples, Sample(path, samples[1].boxes, samples[1].labels)], 32, cache=False)
     with pytest.raises(Fault) as fault:
         list(batches(dataset, 4, workers=workers))
     assert str(fault.value) == f"{path}: cannot be read as an image; save it again as JPEG or PNG, or remove it"

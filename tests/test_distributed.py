@@ -24,7 +24,7 @@ from test_resume import a_task
 from test_train import MODEL, Killed, draw_data
 from torch import nn
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import batches
 from data.structures import Fault, Sample
 from engine import train as training
@@ -341,7 +341,7 @@ def test_gpus_are_shared_out_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shares_make_up_the_batches_and_none_is_empty(count: int, batch_size: int, size: int) -> None:
     if min(count, batch_size) < size:
         return
-    images = DetectionSet([Sample(Path(f"{i}.png"), [], []) for i in range(count)], 32)  # type: ignore[arg-type]
+    images = ImageSet([Sample(Path(f"{i}.png"), [], []) for i in range(count)], 32)  # type: ignore[arg-type]
     given = {"epoch": 3, "seed": 5, "shuffle": True, "world_size": size}
     ranks = [batches(images, batch_size, **given, rank=rank).lists for rank in range(size)]  # type: ignore[arg-type]
     assert len({len(lists) for lists in ranks}) == 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.structures import Detections, Fault, Sample
 from engine import evaluate as module
 from engine.evaluate import (
@@ -284,7 +284,7 @@ def pictures(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_a_network_that_sees_everything_scores_one(pictures, batch_size):
     network = Seer().train()
-    dataset = DetectionSet(pictures, 256, None, seed=0, cache=False)
+    dataset = ImageSet(pictures, 256, None, seed=0, cache=False)
     metrics = evaluate(network, dataset, names=["red", "green"], batch_size=batch_size, conf=0.3, progress=False)
     assert network.training
     assert metrics.ap50 == close(1) and metrics.ap > 0.9 and metrics.images == 3
@@ -295,7 +295,7 @@ def test_a_network_that_sees_everything_scores_one(pictures, batch_size):
 
 @pytest.mark.parametrize("rect", [False, True])
 def test_detections_come_in_the_order_of_the_samples(pictures, rect):
-    dataset = DetectionSet(pictures, 256, None, seed=0, cache=False, rect=rect)
+    dataset = ImageSet(pictures, 256, None, seed=0, cache=False, rect=rect)
     detections, ms = detections_of(Seer(), dataset, batch_size=2, conf=0.3, progress=False)
     for sample, seen in zip(pictures, detections, strict=True):
         order = seen.labels.argsort()
@@ -305,7 +305,7 @@ def test_detections_come_in_the_order_of_the_samples(pictures, rect):
 
 
 def test_one_class_is_found_whatever_the_network_calls_it(pictures):
-    dataset = DetectionSet(pictures, 256, None, seed=0, cache=False)
+    dataset = ImageSet(pictures, 256, None, seed=0, cache=False)
     detections, _ = detections_of(Seer(), dataset, conf=0.3, one_class=True, progress=False)
     assert [seen.labels.tolist() for seen in detections] == [[0, 0], [0], []]
 
@@ -314,7 +314,7 @@ def test_a_network_is_put_back_after_a_failure(pictures, tmp_path):
     network = Seer().train()
     (tmp_path / "wide.png").write_bytes(b"no image")
     with pytest.raises(Fault, match="wide.png"):
-        evaluate(network, DetectionSet(pictures, 64, None, seed=0, cache=False), progress=False)
+        evaluate(network, ImageSet(pictures, 64, None, seed=0, cache=False), progress=False)
     assert network.training
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from data.__main__ import main
 from data.augment import Augment, Source, cropped, middle
 from data.config import DataSpec, read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.readers import cache, read_split
 from data.structures import Fault
 
@@ -196,7 +196,7 @@ def test_the_middle_of_an_image_is_seen(place: Path) -> None:
 def test_an_item_without_augmentation_is_what_a_user_sees(place: Path) -> None:
     samples = read_split(read(place), "train").samples
     for size in (32, 96):
-        images = DetectionSet(samples, size, crop=True)
+        images = ImageSet(samples, size, crop=True)
         for index, sample in enumerate(samples):
             seen, box = middle(cv2.cvtColor(cv2.imread(str(sample.path)), cv2.COLOR_BGR2RGB), size)
             item = images[index]
@@ -242,7 +242,7 @@ def test_an_item_is_the_same_whatever_the_cache_and_whoever_was_asked_before(
     augment = Augment(mosaic=0, mixup=0.5, degrees=10)
     found = []
     for kind in ("ram", "disk", "off"):
-        images = DetectionSet(samples, 32, augment, seed=3, cache=kind, crop=True)
+        images = ImageSet(samples, 32, augment, seed=3, cache=kind, crop=True)
         plain = images.at_epoch(0)
         plain.set_augment(None)  # as for the calibration of norms
         order: Callable[[list[int]], list[int]] = list if kind == "ram" else lambda indices: indices[::-1]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data.augment import letterbox
 from data.config import read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.readers import read_split
 from data.structures import Batch, Fault, Targets
 from engine.evaluate import evaluate, in_corner
@@ -406,5 +406,5 @@ def test_a_published_detector_is_as_good_here(shared_data):
     network, notes = import_weights(shared_data / "weights" / "yolov5n_state_dict_fp16.pth", spec, data.names)
     assert notes == ()
     samples = read_split(data, "val").samples[:16]
-    metrics = evaluate(network, DetectionSet(samples, 640), names=data.names, corner=True, progress=False)
+    metrics = evaluate(network, ImageSet(samples, 640), names=data.names, corner=True, progress=False)
     assert (metrics.ap, metrics.ap50) == (pytest.approx(0.402, abs=0.005), pytest.approx(0.574, abs=0.005))

@@ -13,7 +13,7 @@ from torch import nn
 
 from data.augment import Augment
 from data.config import read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.readers import read_split
 from data.shapes import draw_shapes
 from data.structures import Detections, Sample
@@ -47,7 +47,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(shapes):
-    return DetectionSet(read_split(shapes, "train").samples, 48)
+    return ImageSet(read_split(shapes, "train").samples, 48)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_calibration_is_exact_inside_an_autocast():
 
 def test_calibration_comes_in_batches_of_32_without_augmentation(tmp_path):
     data = read_data_spec(draw_shapes(tmp_path, train=70, val=1, size=32, seconds=0))
-    images = DetectionSet(read_split(data, "train").samples, 32, Augment(), seed=3)
+    images = ImageSet(read_split(data, "train").samples, 32, Augment(), seed=3)
     found = list(calibration_images(images, 40, 0, "cpu"))
     assert [len(batch) for batch in found] == [32, 32]
     again = list(calibration_images(images.at_epoch(5), 40, 0, "cpu"))

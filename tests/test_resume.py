@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.augment import Augment
 from data.config import read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import batch_at
 from data.structures import Fault, Sample
 from engine.config import save_config, train_config
@@ -57,8 +57,8 @@ class Task:
     """All that `train_supernet` is given, from the same files every time but with weights of chance."""
 
     supernet: Supernet
-    weight_images: DetectionSet
-    judge_images: DetectionSet
+    weight_images: ImageSet
+    judge_images: ImageSet
     tables: dict[str, CostTable]
     config: SearchConfig
 
@@ -80,8 +80,8 @@ def a_task(data: Path, kind: str, weights_seed: int = 0, **options: Any) -> Task
     config = SearchConfig(**{**given, "data": data, "budget": ("macs=0.5M", "params=1k"), **options})  # type: ignore[arg-type]
     return Task(
         supernet,
-        DetectionSet(samples[:8], 64, Augment()),
-        DetectionSet(samples[8:], 64),
+        ImageSet(samples[:8], 64, Augment()),
+        ImageSet(samples[8:], 64),
         cost_tables(resolve(supernet.spec), 64),
         config,
     )
@@ -255,8 +255,8 @@ def test_what_a_search_began_with_is_what_it_goes_on_with(
     swapped = (replace(first, labels=first.labels + 1), *task.weight_images.samples[1:])
     other_tables = {**task.tables, "latency_ms": task.tables["macs"]}
     for changed, told in (
-        (replace(task, weight_images=DetectionSet(swapped, 64, Augment())), "the images that train the weights"),
-        (replace(task, judge_images=DetectionSet(task.judge_images.samples[1:], 64)), "the images that move alphas"),
+        (replace(task, weight_images=ImageSet(swapped, 64, Augment())), "the images that train the weights"),
+        (replace(task, judge_images=ImageSet(task.judge_images.samples[1:], 64)), "the images that move alphas"),
         (replace(task, tables=other_tables), "the cost tables are others, as on another device"),
     ):
         with pytest.raises(Fault, match=told) as caught:

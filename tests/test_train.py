@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from data.config import read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.readers import read_split
 from data.structures import Fault
 from engine import measure, plan
@@ -527,7 +527,7 @@ def test_best_is_calibrated_on_images_as_training_sees_them(options: dict[str, A
     folder = train(config, progress=False).folder
     best, last = (restore(load_checkpoint(folder / name)) for name in ("best.pt", "last.pt"))
     samples = read_split(read_data_spec(config.data), "train").samples
-    images = DetectionSet(samples, config.imgsz, training.augmentation(config), config.seed)
+    images = ImageSet(samples, config.imgsz, training.augmentation(config), config.seed)
     for augment, same in ((None, False), (training.augmentation(config), True)):
         calibrate(last, calibration_images(images, training.CALIBRATION_IMAGES, config.seed, "cpu", augment))
         norms = {name: tensor for name, tensor in last.state_dict().items() if "running" in name}

@@ -25,7 +25,7 @@ from test_train import CHILD, MODEL, ROOT, Killed, arguments, assert_same, colum
 from torch import Tensor, nn
 
 from data.config import read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import batches
 from data.structures import Fault, Targets
 from engine import measure
@@ -585,9 +585,9 @@ def test_momentum_and_biases_warm_up_from_values_of_their_own(name: str) -> None
 # ---- the batch that fits
 
 
-def a_set(place: Path, images: int) -> DetectionSet:
+def a_set(place: Path, images: int) -> ImageSet:
     samples = read_labelled(read_data_spec(place / "data.yaml"), "train").samples
-    return DetectionSet((samples * images)[:images], 64)
+    return ImageSet((samples * images)[:images], 64)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.config import read_data_spec
-from data.dataset import DetectionSet
+from data.dataset import ImageSet
 from data.loader import batches
 from data.readers import read_split
 from data.shapes import draw_shapes
@@ -51,7 +51,7 @@ DEVICE = torch.device("cpu")
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     data = read_data_spec(draw_shapes(tmp_path_factory.mktemp("shapes"), train=3, val=1, size=32, seconds=0))
-    return DetectionSet(read_split(data, "train").samples, 32)
+    return ImageSet(read_split(data, "train").samples, 32)
 
 
 @pytest.fixture(scope="module")

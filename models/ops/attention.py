@@ -7,6 +7,7 @@ the nearest public relative: MobileNetV2 (arXiv 1801.04381) for the inverted bot
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -46,6 +47,16 @@ Attention = Literal["full", "channel", "spatial", "none"]
 Reduction = Annotated[int, Field(ge=1, le=64)] | None
 Squeeze = Literal["mean", "max", "both"]
 GateKernel = Literal[1, 3, 5, 7]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Which gates a block has and how they are made; see `CABlock`."""
+
+    attention: Attention
+    reduction: Reduction
+    squeeze: Squeeze
+    spatial_kernel: int
 
 
 class ChannelGate(nn.Module):
@@ -132,10 +143,10 @@ class ElasticSpatialGate(nn.Module):
         return new
 
 
-def spatial_gate(channels: int, dilations: Dilations, squeeze: Squeeze, kernel: int, act: Act) -> nn.Module:
+def spatial_gate(channels: int, dilations: Dilations, gates: Gates, act: Act) -> nn.Module:
     """A gate over places, or an elastic one."""
     kind: Any = ElasticSpatialGate if isinstance(dilations, Choice) else SpatialGate
-    return kind(channels, dilations, squeeze, kernel, act)
+    return kind(channels, dilations, gates.squeeze, gates.spatial_kernel, act)
 
 
 class AttentionBottleneck(nn.Module):
@@ -156,23 +167,20 @@ class AttentionBottleneck(nn.Module):
         stride: int,
         expand: int,
         dilations: Dilations,
+        gates: Gates,
         *,
-        attention: Attention,
-        reduction: Reduction,
-        squeeze: Squeeze,
-        spatial_kernel: int,
         residual: bool,
         act: Act,
     ) -> None:
         super().__init__()
-        hidden, narrow = expand * c_in, None if reduction is None else max(1, c_in // reduction)
-        to_channels, to_places = attention in ("full", "channel"), attention in ("full", "spatial")
+        hidden, narrow = expand * c_in, None if gates.reduction is None else max(1, c_in // gates.reduction)
+        to_channels, to_places = gates.attention in ("full", "channel"), gates.attention in ("full", "spatial")
         self.expand = nn.Identity() if expand == 1 else Conv(c_in, hidden, act=act)
         self.depthwise = Conv(hidden, hidden, kernel, stride, groups=hidden, act=act)
         self.channel = ChannelGate(hidden, narrow, act) if to_channels else nn.Identity()
         self.project = Conv(hidden, c_out, act="identity")
         self.project.bn = norm(c_out, feeds=act)  # feeds none, but gets what the activation before it makes
-        self.spatial = spatial_gate(c_out, dilations, squeeze, spatial_kernel, act) if to_places else nn.Identity()
+        self.spatial = spatial_gate(c_out, dilations, gates, act) if to_places else nn.Identity()
         self.add = residual and stride == 1 and c_in == c_out
         if self.add:
             start_as_nothing(self.project)
@@ -216,6 +224,7 @@ class CABlock(nn.Module):
         act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
+        gates = Gates(attention, reduction, squeeze, spatial_kernel)
 
         def block(index: int) -> nn.Module:
             channels, step = (c_in, stride) if index == 0 else (c_out, 1)
@@ -226,10 +235,7 @@ class CABlock(nn.Module):
                 step,
                 expand,
                 dilations,
-                attention=attention,
-                reduction=reduction,
-                squeeze=squeeze,
-                spatial_kernel=spatial_kernel,
+                gates,
                 residual=residual,
                 act=each(act, index),
             )

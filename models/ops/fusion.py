@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.ops.attention import Attention, AttentionBottleneck, Dilations, Expand, GateKernel, Reduction, Squeeze
+from models.ops.attention import (
+    Attention,
+    AttentionBottleneck,
+    Dilations,
+    Expand,
+    GateKernel,
+    Gates,
+    Reduction,
+    Squeeze,
+)
 from models.ops.conv import Conv
 from models.ops.merge import no_margin
 from models.ops.primitives import DEFAULT, Act, Kernel, Width
@@ -96,20 +105,8 @@ class UpFusion(nn.Module):
         high, low = inputs
         self.mode, self.up = mode, up
         self.fuse = Conv(low.channels + (high.channels if mode == "cat" else 0), c_out, fuse_kernel, act=act)
-        self.ca = AttentionBottleneck(
-            c_out,
-            c_out,
-            kernel,
-            1,
-            expand,
-            dilations,
-            attention=attention,
-            reduction=reduction,
-            squeeze=squeeze,
-            spatial_kernel=spatial_kernel,
-            residual=residual,
-            act=act,
-        )
+        gates = Gates(attention, reduction, squeeze, spatial_kernel)
+        self.ca = AttentionBottleneck(c_out, c_out, kernel, 1, expand, dilations, gates, residual=residual, act=act)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         high, low = maps
@@ -146,19 +143,9 @@ class DownFusion(nn.Module):
         super().__init__()
         fine, coarse = inputs
         self.mode = mode
+        gates = Gates(attention, reduction, squeeze, spatial_kernel)
         self.ca = AttentionBottleneck(
-            fine.channels,
-            c_out,
-            kernel,
-            2,
-            expand,
-            dilations,
-            attention=attention,
-            reduction=reduction,
-            squeeze=squeeze,
-            spatial_kernel=spatial_kernel,
-            residual=False,
-            act=act,
+            fine.channels, c_out, kernel, 2, expand, dilations, gates, residual=False, act=act
         )
         self.fuse = Conv(coarse.channels + (c_out if mode == "cat" else 0), c_out, fuse_kernel, act=act)
 

@@ -103,7 +103,7 @@ def on_test(network: Network, imgsz: int) -> dict[str, Any]:
     data = read_data_spec(DATA)
     images = ImageSet(read_split(data, "test").samples, imgsz)
     (verdict,) = judge([network], 0, [], images, names=data.names, batch_size=16, device=torch.device("cpu"))
-    return {"ap": verdict.metrics.ap, "ap50": verdict.metrics.ap50, "ap_without": verdict.ap_without}
+    return {"ap": verdict.metrics.ap, "ap50": verdict.metrics.ap50, "ap_without": verdict.without}
 
 
 def shown(cells: dict[str, dict[str, Any]]) -> str:

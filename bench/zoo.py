@@ -1,11 +1,13 @@
 """Model files of other programs, built by ours: are they the same networks?
 
 python bench/zoo.py ~/ScaledYOLOv4 ~/yolov5 yolov5-v3.1     # any clones or folders that are there, one a release
+python bench/zoo.py ~/yolov7 ~/yolov9 yolor_paper=~/yolor ultralytics=~/ultralytics/ultralytics
 
 Every model YAML below a folder is read, built on the `meta` device (no memory, no weights) and held against the counts
-that the program's own code gave: parameters, parameters after fusion, multiply-adds at 640 px, strides. A file belongs
+that the program's own code gave: parameters, parameters after fusion, multiply-adds at 640 px, strides; a file with
+`scales:` at each scale that is counted. A file belongs
 to the counts of REPOSITORY/its path in the folder. The repository is known by the folder's name or by the tag that is
-checked out there; where neither says it, write REPOSITORY=FOLDER. Exits with 1 where a counted anchor model differs.
+checked out there; where neither says it, write REPOSITORY=FOLDER. Exits with 1 where a counted detector differs.
 
 A file that several releases read differently takes its dialect from the release, and the table says so.
 """
@@ -46,6 +48,15 @@ REPOSITORIES = {
     "pytorch_yolov4": "PyTorch_YOLOv4_u5",
     "yolov5": "ultralytics_yolov5",  # its default branch; a release has its tag behind it
 }
+HEADS = ("Detect", "IDetect", "IAuxDetect", "DDetect", "DualDDetect", "TripleDDetect", "v10Detect")  # give boxes only
+READERS = {  # how the program of a repository reads a file that several read differently
+    "PyTorch_YOLOv4_u5": "scaledyolov4",
+    "PyTorch_YOLOv4_u5_preview": "yolov4-preview",
+    "ultralytics": "ultralytics",
+    "yolor_paper": "yolor",
+    "yolov7": "yolov7",
+    "yolov9": "yolov9",
+}
 # The first release of yolov5 that reads a file so; the newest reading is that of every later one.
 RELEASES = {"v1": "yolov5-v1", "v2": "yolov5-v2", "v3.0": "yolov5-v2", "v3": "yolov5-v3"}
 RELEASES |= {"v4": "yolov5-v4", "v5": "yolov5-v4", "v6.0": "yolov5-v4"}
@@ -75,7 +86,7 @@ def main() -> int:
     parser.add_argument("--dialect", choices=DIALECTS, help="how to read every file, instead of recognising it")
     options = parser.parse_args()
     with options.counts.open(newline="") as file:
-        counts = {row["yaml"]: row for row in csv.DictReader(file)}
+        counts = {(row["yaml"], row["scale"]): row for row in csv.DictReader(file)}
     found: list[tuple[str, Path, str]] = []  # repository, file, path in the folder
     for written in options.folders:
         named, _, folder = written.rpartition("=")
@@ -89,15 +100,14 @@ def main() -> int:
     lines: list[Line] = []
     for repository, path, inside in tqdm(found, unit="file"):
         key = f"{repository}/{inside}"
-        lines.append(compared(key, path, counts.get(key), options.dialect, release_dialect(repository)))
+        for scale in [scale for file, scale in counts if file == key] or [""]:
+            count = counts.get((key, scale))
+            lines.append(compared(key, path, scale, count, options.dialect, release_dialect(repository)))
     shown(lines)
-    missing = [
-        key
-        for key, row in counts.items()
-        if row["repo"] in {repository for repository, _, _ in found} and key not in {line.file for line in lines}
-    ]
-    for key in missing:
-        print(f"not there: {key}")
+    repositories, read = {repository for repository, _, _ in found}, {line.file for line in lines}
+    for key in dict.fromkeys(file for (file, _), row in counts.items() if row["repo"] in repositories):
+        if key not in read and f"{key} " not in {name[: len(key) + 1] for name in read}:
+            print(f"not there: {key}")
     return int(any(line.wrong for line in lines))
 
 
@@ -120,6 +130,8 @@ def repository_of(folder: Path, known: set[str]) -> str:
 def release_dialect(repository: str) -> str | None:
     """How the release that a repository's name ends with reads its files; None where the files say it themselves."""
     tag = repository.rpartition("_")[2]
+    if repository in READERS:
+        return READERS[repository]
     if not repository.startswith("ultralytics_yolov5"):
         return None
     return RELEASES.get(tag) or RELEASES.get(tag.partition(".")[0]) or "yolov5"
@@ -130,27 +142,30 @@ def is_model(path: Path) -> bool:
     return re.search(r"^backbone:", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
 
 
-def understood(path: Path, forced: str | None, release: str | None) -> tuple[ModelSpec, str]:
+def understood(path: Path, scale: str | None, forced: str | None, release: str | None) -> tuple[ModelSpec, str]:
     """A file as it says itself, or as its release reads it where several dialects fit; and which dialect that was."""
     if forced:
-        return parse(path, dialect=forced), f"{forced}, forced"
+        return parse(path, forced, scale=scale), f"{forced}, forced"
     try:
-        spec = parse(path)
+        spec = parse(path, scale=scale)
     except Fault as fault:
         if release is None or not any("--dialect NAME" in line for line in fault.lines):
             raise
-        return parse(path, dialect=release), f"{release}, by release"
+        return parse(path, release, scale=scale), f"{release}, by release"
     if release is None:
         return spec, "recognised"
-    reading = parse(path, dialect=release)
+    reading = parse(path, release, scale=scale)
     same = reading == spec
     return spec, f"{release}, recognised" if same else f"recognised; {release} reads it with {reading.activation}"
 
 
-def compared(key: str, path: Path, count: Mapping[str, str] | None, forced: str | None, release: str | None) -> Line:
-    counted = count is not None and count["params"] != "" and count["head"] == "Detect"
+def compared(
+    key: str, path: Path, scale: str, count: Mapping[str, str] | None, forced: str | None, release: str | None
+) -> Line:
+    counted = count is not None and count["params"] != "" and count["head"] in HEADS
+    key = f"{key} {scale}" if scale else key
     try:
-        spec, dialect = understood(path, forced, release)
+        spec, dialect = understood(path, scale or None, forced, release)
         graph = resolve(spec)
     except Fault as fault:
         return Line(key, verdict="not read", fault=fault.lines[0].removeprefix(str(path)), wrong=counted)
@@ -187,8 +202,9 @@ def measured(key: str, dialect: str, graph: Graph) -> Line:
     """Our own counts of a file."""
     params, macs = totals(network_costs(graph, IMGSZ))
     with torch.device("meta"):
-        fused = count_params(fuse(Network(graph)))
-    strides = " ".join(str(shape.stride) for shape in graph.nodes[-1].inputs)
+        network = Network(graph)
+        fused = count_params(fuse(network))
+    strides = " ".join(map(str, network.head.strides))
     return Line(key, dialect, "no count", (params, None), (fused, None), (macs / 1e9, None), (strides, ""))
 
 
@@ -214,7 +230,7 @@ def shown(lines: Sequence[Line]) -> None:
         if line.fault:
             print(f"{line.file}{line.fault}")
     equal, wrong = sum(line.verdict == "equal" for line in lines), sum(line.wrong for line in lines)
-    print(f"{equal} of {equal + wrong} counted anchor models are equal; {len(lines)} files")
+    print(f"{equal} of {equal + wrong} counted detectors are equal; {len(lines)} files")
 
 
 if __name__ == "__main__":

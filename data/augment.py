@@ -1,7 +1,8 @@
 """From a labelled picture to the network's input: letterbox, and what training does to it by chance.
 
 Pictures are ``[H, W, 3]`` uint8 RGB, boxes ``[M, 4]`` float32 xyxy in pixels of the picture beside them, labels
-``[M]`` int64. Chance comes from the `rng` argument alone.
+``[M]`` int64. Of a picture whose pixels are of classes the mask ``[H, W]`` uint8 goes the same way, by the nearest
+pixel and with `VOID` where the picture is padded. Chance comes from the `rng` argument alone.
 
 Training pictures are sources on a canvas, seen through a matrix. Where nothing is turned, the canvas is never drawn:
 what shows of each source goes straight from its pixels to the output's, in one resampling instead of two.
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from data.structures import Fault, Letterbox
+from data.structures import VOID, Fault, Letterbox
 
 Shape = tuple[int, int]  # height, width in pixels
 Rectangle = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
@@ -75,17 +76,22 @@ class Picture:
     image: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
+    mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A picture whose size and boxes are known; its pixels ``[height, width, 3]`` are read only where they are seen."""
+    """A picture whose size and boxes are known; its pixels ``[height, width, 3]`` are read only where they are seen.
+
+    So is its mask ``[height, width]``, where it has one.
+    """
 
     width: int
     height: int
     boxes: np.ndarray
     labels: np.ndarray
     read: Callable[[], np.ndarray]
+    read_mask: Callable[[], np.ndarray] | None = None
 
 
 # --- without chance -------------------------------------------------------------------------------------------------
@@ -163,15 +169,32 @@ def paste(fitted: np.ndarray, shape: Shape, box: Letterbox) -> np.ndarray:
     return canvas
 
 
+def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask at another width and height: every pixel has the class of the one that its middle lies in."""
+    if size == mask.shape[::-1]:
+        return mask
+    return np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT))
+
+
+def paste_mask(fitted: np.ndarray, shape: Shape, box: Letterbox) -> np.ndarray:
+    """A mask that `fit_mask` has scaled, on void of `shape`."""
+    height, width = fitted.shape
+    canvas = np.full(shape, VOID, dtype=np.uint8)
+    canvas[box.pad_y : box.pad_y + height, box.pad_x : box.pad_x + width] = fitted
+    return canvas
+
+
 def flip(picture: Picture, *, left_right: bool) -> Picture:
     """Mirrors a picture, left to right or top to bottom. Twice is the picture itself."""
     height, width = picture.image.shape[:2]
     x1, y1, x2, y2 = picture.boxes.T
+    axis = 1 if left_right else 0
+    mask = None if picture.mask is None else cv2.flip(picture.mask, axis)
     if left_right:
         boxes = np.stack([width - x2, y1, width - x1, y2], axis=1)
-        return Picture(cv2.flip(picture.image, 1), boxes, picture.labels)
-    boxes = np.stack([x1, height - y2, x2, height - y1], axis=1)
-    return Picture(cv2.flip(picture.image, 0), boxes, picture.labels)
+    else:
+        boxes = np.stack([x1, height - y2, x2, height - y1], axis=1)
+    return Picture(cv2.flip(picture.image, axis), boxes, picture.labels, mask)
 
 
 def warp_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -183,10 +206,12 @@ def warp_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, shape: Shape) -> np.ndarray:
-    """A picture moved by an affine ``[2, 3]`` matrix into `shape`, with grey around it."""
+    """A picture moved by an affine ``[2, 3]`` matrix into `shape`, with grey around it; or a mask, with void."""
     # cv2 speaks of pixel centres, boxes of pixel edges: half a pixel apart
     shifted = matrix.copy()
     shifted[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
+    if image.ndim == 2:
+        return cv2.warpAffine(image, shifted, shape[::-1], flags=cv2.INTER_NEAREST, borderValue=VOID)
     return cv2.warpAffine(image, shifted, shape[::-1], flags=cv2.INTER_LINEAR, borderValue=[GREY] * 3)
 
 
@@ -231,12 +256,13 @@ def compose(
     shape: Shape,
     scale: float = 1.0,
     shift: Sequence[float] = (0.0, 0.0),
+    mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Sources stretched over rectangles of a canvas, as they show in `shape` once it is scaled and moved by `shift`.
 
     Returns:
         the image, the whole boxes ``[M, 4]`` in its pixels, the same cropped to what is seen, and the labels. A source
-        of which nothing is seen is not read and gives no boxes.
+        of which nothing is seen is not read and gives no boxes. What shows of their masks is written into `mask`.
     """
     image = np.full((*shape, 3), GREY, dtype=np.uint8)
     whole, visible, labels = [np.zeros((0, 4), np.float32)], [np.zeros((0, 4), np.float32)], [np.zeros(0, np.int64)]
@@ -253,6 +279,8 @@ def compose(
         shrunk = u2 - u1 > 2 * (x2 - x1) or v2 - v1 > 2 * (y2 - y1)  # linear would skip pixels
         how = cv2.INTER_AREA if shrunk else cv2.INTER_LINEAR
         cv2.resize(part, (x2 - x1, y2 - y1), dst=image[y1:y2, x1:x2], interpolation=how)
+        if mask is not None and source.read_mask is not None:
+            mask[y1:y2, x1:x2] = fit_mask(source.read_mask()[v1:v2, u1:u2], (x2 - x1, y2 - y1))
         first, corner, end = (np.array(pair * 2, np.float32) for pair in ([u1, v1], [x1, y1], [x2, y2]))
         stretch = np.array([(x2 - x1) / (u2 - u1), (y2 - y1) / (v2 - v1)] * 2, np.float32)
         moved = (source.boxes - first) * stretch + corner
@@ -362,16 +390,20 @@ def augmented(
         rectangles = [(box.pad_x, box.pad_y, box.pad_x + sizes[0][0], box.pad_y + sizes[0][1])]
     sources = [copy_small(source, rng) if rng.random() < augment.copy_small else source for source in sources]
     matrix = affine_matrix(canvas, shape, augment, rng)
+    mask = None
+    if any(source.read_mask is not None for source in sources):
+        mask = np.full(canvas if augment.degrees else shape, VOID, dtype=np.uint8)
     if augment.degrees:
-        image, whole, visible, labels = compose(sources, rectangles, canvas, canvas)
+        image, whole, visible, labels = compose(sources, rectangles, canvas, canvas, mask=mask)
         image, whole = warp(image, matrix, shape), warp_boxes(whole, matrix)
+        mask = None if mask is None else warp(mask, matrix, shape)
         visible = crop_boxes(warp_boxes(visible, matrix), shape[1], shape[0])
     else:
         image, whole, visible, labels = compose(
-            sources, rectangles, canvas, shape, float(matrix[0, 0]), matrix[:, 2].tolist()
+            sources, rectangles, canvas, shape, float(matrix[0, 0]), matrix[:, 2].tolist(), mask
         )
     kept = worth_keeping(whole, visible)
-    return Picture(image, visible[kept], labels[kept])
+    return Picture(image, visible[kept], labels[kept], mask)
 
 
 def cropped(source: Source, shape: Shape, augment: Augment, rng: np.random.Generator) -> Picture:
@@ -408,7 +440,7 @@ def mixup(one: Picture, other: Picture, rng: np.random.Generator) -> Picture:
 
 def finished(picture: Picture, augment: Augment, rng: np.random.Generator) -> Picture:
     """The colours and the flips, which come last."""
-    picture = Picture(change_colours(picture.image, augment.hsv, rng), picture.boxes, picture.labels)
+    picture = replace(picture, image=change_colours(picture.image, augment.hsv, rng))
     if rng.random() < augment.flip_lr:
         picture = flip(picture, left_right=True)
     if rng.random() < augment.flip_ud:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.config import BOXES, SPLITS, DataSpec, read_data_spec
-from data.images import read_image
+from data.images import image_size, read_image
 from data.readers import READERS, read_split, some
 from data.readers.labels import IMAGE_FILE, Kind, Problem, Split
 from data.structures import Fault, Sample
@@ -35,7 +35,7 @@ class Report:
         faults: why a split cannot be used at all.
         problems: all others, by split; label files without an image are under "".
         copies: groups of images with the same bytes, each image as its split and its path.
-        idle: classes without a box in a split, or without an image where images are of a class as a whole.
+        idle: classes without a box in a split, or without an image where images are of classes, or their pixels.
     """
 
     data: DataSpec
@@ -58,7 +58,7 @@ class Report:
     @property
     def torn(self) -> list[tuple[tuple[str, Path], ...]]:
         """Copies of an image that are each of another class, where images are of a class as a whole."""
-        if self.data.format in BOXES:
+        if self.data.format != "folders":
             return []
         label = {s.path: s.labels.tolist() for split in self.splits.values() for s in split.samples}
         return [group for group in self.copies if any(label[path] != label[group[0][1]] for _, path in group)]
@@ -210,8 +210,11 @@ def by_kind(report: Report, harmless: bool) -> list[tuple[Kind, list[tuple[str, 
 def table(data: DataSpec, splits: Mapping[str, Split]) -> list[str]:
     """Counts by split: images, boxes, boxes by size, boxes by class with a bar.
 
-    Where images are of a class as a whole, the boxes are the images, and are not counted apart.
+    Where images are of a class as a whole, the boxes are the images, and are not counted apart. Where pixels are of
+    classes, it is these that are counted.
     """
+    if data.format == "masks":
+        return mask_table(data, splits)
     samples = {name: split.samples for name, split in splits.items()}
     rows: list[tuple[str, list[str]]] = [("", list(splits))]
     rows.append(("images", [f"{len(found):,}" for found in samples.values()]))
@@ -232,7 +235,30 @@ def table(data: DataSpec, splits: Mapping[str, Split]) -> list[str]:
     labels = [labels_of(found) for found in samples.values()]
     for index, name in enumerate(data.names):
         rows.append((f"  {index} {name}", [_count(values == index) for values in labels]))
-    totals = np.bincount(np.concatenate(labels), minlength=len(data.names))
+    return aligned(rows, np.bincount(np.concatenate(labels), minlength=len(data.names)))
+
+
+def mask_table(data: DataSpec, splits: Mapping[str, Split]) -> list[str]:
+    """Counts by split: images, the pixels that are void, and of each class the images and its share of the pixels."""
+    samples = {name: split.samples for name, split in splits.items()}
+    pixels = {name: pixels_of(found, len(data.names)) for name, found in samples.items()}
+    void = [1 - pixels[name].sum() / max(1, sizes_of(found).sum()) for name, found in samples.items()]
+    rows: list[tuple[str, list[str]]] = [("", list(splits))]
+    rows.append(("images", [f"{len(found):,}" for found in samples.values()]))
+    rows.append(("  without a class", [f"{sum(not len(s.labels) for s in found):,}" for found in samples.values()]))
+    rows.append(("pixels that are void", [f"{100 * share:.1f} %" for share in void]))
+    rows.append(("images with, and pixels of", ["" for _ in splits]))
+    for label, name in enumerate(data.names):
+        cells = []
+        for split, found in samples.items():
+            images = sum(bool((sample.labels == label).any()) for sample in found)
+            cells.append(f"{images:,} {100 * pixels[split][label] / max(1, pixels[split].sum()):5.1f} %")
+        rows.append((f"  {label} {name}", cells))
+    return aligned(rows, np.sum(list(pixels.values()), axis=0))
+
+
+def aligned(rows: Sequence[tuple[str, Sequence[str]]], totals: np.ndarray) -> list[str]:
+    """Rows of a name and cells as lines; the last ones have a bar for each of `totals`."""
     bars = ["█" * round(BAR * int(total) / max(1, int(totals.max()))) for total in totals]
     padded = [*("" for _ in rows[: -len(bars)]), *bars]
     first = max(len(name) for name, _ in rows)
@@ -240,6 +266,17 @@ def table(data: DataSpec, splits: Mapping[str, Split]) -> list[str]:
         f"{name:<{first}}{''.join(f'{cell:>14}' for cell in cells)}  {bar}".rstrip()
         for (name, cells), bar in zip(rows, padded, strict=True)
     ]
+
+
+def pixels_of(samples: Sequence[Sample], classes: int) -> np.ndarray:
+    """How many pixels ``[classes]`` of all masks are of each class."""
+    areas = [np.zeros(0), *(sample.areas for sample in samples if sample.areas is not None)]
+    return np.bincount(labels_of(samples), np.concatenate(areas), minlength=classes).astype(np.int64)
+
+
+def sizes_of(samples: Sequence[Sample]) -> np.ndarray:
+    """The pixels ``[N]`` of each image that has a mask, void or not."""
+    return np.array([np.prod(image_size(sample.path)) for sample in samples], dtype=np.int64)
 
 
 def labels_of(samples: Sequence[Sample]) -> np.ndarray:

@@ -19,6 +19,14 @@ val: test
 format: folders
 names: [beach, forest]                             # left out: the folders of train, in the order of their names
 
+Images of which every pixel is of a class have a PNG of the same name, with an id a pixel:
+
+train: images/train
+train_masks: masks/train                           # left out: the folder `images` in the path becomes `masks`
+format: masks
+void: 11                                           # or several: [0, 11]; ids of no class. 255 always is one
+names: [sky, building]                             # of the other ids, in the order of the ids
+
 `annotations` names the folder of the label files where it is not the usual one. `images` names the folder of the images
 where lists hold bare ids, as those of a VOC layout do, or where a JSON's images lie. `test` and `nc` may be left out,
 and `names` where a JSON or folders have them. `download` says how to get the data set; it is shown when the folder is
@@ -34,14 +42,19 @@ from pathlib import Path
 import yaml
 
 from data.coco_json import category_names
-from data.structures import Fault, nearest
+from data.structures import VOID, Fault, nearest
 
 BOXES = ("yolo", "voc", "coco")  # formats with boxes
-FORMATS = (*BOXES, "folders")
+FORMATS = (*BOXES, "folders", "masks")
 SPLITS = ("train", "val", "test")
 JSONS = tuple(f"{split}_json" for split in SPLITS)
+MASKS = tuple(f"{split}_masks" for split in SPLITS)
+MOST_IDS = 256  # in a mask of 8 bits
 IGNORED = ("roboflow",)  # what other programs leave in a data YAML and nobody needs
-KEYS = ("path", *SPLITS, *JSONS, "names", "nc", "format", "images", "annotations", "download", *IGNORED)
+KEYS = (
+    *("path", *SPLITS, *JSONS, *MASKS),
+    *("names", "nc", "format", "void", "images", "annotations", "download", *IGNORED),
+)
 
 Source = str | tuple[str, ...] | None  # one place, or several
 
@@ -63,6 +76,10 @@ class DataSpec:
     train_json: Source = None
     val_json: Source = None
     test_json: Source = None
+    train_masks: Source = None
+    val_masks: Source = None
+    test_masks: Source = None
+    void: tuple[int, ...] = ()
 
     def sources(self, split: str) -> tuple[Path, ...]:
         """The folders, lists and JSONs that a split's images come from, as whole paths; none where it is not given."""
@@ -72,6 +89,10 @@ class DataSpec:
         """The JSONs that a split's labels come from."""
         beside = tuple(self.place(source) for source in several(getattr(self, f"{split}_json")))
         return beside or tuple(path for path in self.sources(split) if path.suffix == ".json")
+
+    def masks(self, split: str) -> tuple[Path, ...]:
+        """The folders of the masks of a split: one for each of its `sources`, or one for all; none: the usual ones."""
+        return tuple(self.place(source) for source in several(getattr(self, f"{split}_masks")))
 
     def place(self, source: str) -> Path:
         """Where a source lies. Some tools write ``../train/images`` for ``train/images``; that is understood."""
@@ -122,7 +143,7 @@ def read_data_spec(path: str | Path) -> DataSpec:
             raise fault(key, f"{key} is a list of something else than texts; as [images/a, images/b] is right")
         return tuple(item.value for item in node.value)
 
-    sources = {key: words(key) for key in (*SPLITS, *JSONS)}
+    sources = {key: words(key) for key in (*SPLITS, *JSONS, *MASKS)}
     given = [key for key in SPLITS if sources[key]]
     if not given:
         raise fault("train", "none of train, val and test is given; add train: images/train")
@@ -141,6 +162,19 @@ def read_data_spec(path: str | Path) -> DataSpec:
             wrong = f"is a JSON and {key} is one too" if kind == "coco" else f"is a JSON, but format is {kind}"
             raise fault(split, f"{split} {wrong}; one of the two is right")
 
+    for split, key in zip(SPLITS, MASKS, strict=True):
+        folders, images = several(sources[key]), several(sources[split])
+        if folders and kind != "masks":
+            raise fault(key, f"{key} is given, but format is {kind}; format: masks is right, or no {key}")
+        if len(folders) > 1 and len(folders) != len(images):
+            raise fault(
+                key, f"{key} has {len(folders)} folders and {split} {len(images)}; one for each, or one is right"
+            )
+    if "annotations" in values and kind == "masks":
+        raise fault("annotations", "annotations is given, but the folders of masks are train_masks, val_masks, ...")
+    if "void" in values and kind != "masks":
+        raise fault("void", f"void is given, but format is {kind}; only masks have ids of no class")
+
     root = Path(os.path.abspath(path.parent / Path(word("path") or ".").expanduser()))
     spec = DataSpec(
         path,
@@ -150,6 +184,7 @@ def read_data_spec(path: str | Path) -> DataSpec:
         images=word("images"),
         annotations=word("annotations"),
         download=word("download"),
+        void=_ids(path, values["void"]) if "void" in values else (),
         **sources,
     )
     if "names" in values:
@@ -162,10 +197,13 @@ def read_data_spec(path: str | Path) -> DataSpec:
         names = _folder_names(spec, given[0])
     else:
         raise fault("names", "no names; list the classes: names: [circle, square]")
-    if kind == "folders" and len(names) < 2:
+    if kind in ("folders", "masks") and len(names) < 2:
         raise fault(
             "names" if "names" in values else given[0], f"one class, {names[0]!r}; two or more can be told apart"
         )
+    most = MOST_IDS - len({*spec.void, VOID})
+    if kind == "masks" and len(names) > most:
+        raise fault("names", f"{len(names)} classes; {most} at most have an id of their own in a mask of 8 bits")
     count = word("nc")
     if count is not None and count != str(len(names)):
         raise fault("nc", f"nc is {count}, but there are {len(names)} names; leave nc out, or make them agree")
@@ -200,6 +238,18 @@ def _top_level(path: Path, text: str) -> dict[str, yaml.Node]:
             raise Fault(f"{where}: {name} is given twice; the first is in line {values[name].start_mark.line + 1}")
         values[name] = value
     return values
+
+
+def _ids(path: Path, node: yaml.Node) -> tuple[int, ...]:
+    """One id of a mask, or several: whole numbers from 0 to 255."""
+    found = []
+    for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+        text = item.value if isinstance(item, yaml.ScalarNode) else _kind(item)
+        if not (text.isascii() and text.isdecimal() and int(text) < MOST_IDS):
+            where = f"{path}:{item.start_mark.line + 1}"
+            raise Fault(f"{where}: void holds {text!r}; ids from 0 to {MOST_IDS - 1} are right, as void: 11 or [0, 11]")
+        found.append(int(text))
+    return tuple(sorted(set(found)))
 
 
 def _names(path: Path, node: yaml.Node) -> tuple[str, ...]:

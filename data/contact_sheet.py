@@ -7,6 +7,7 @@ connection. Names of classes and files come from whoever made the data set; all 
 from __future__ import annotations
 
 import base64
+import colorsys
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -15,12 +16,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data.check import Report, areas_of, by_kind, labels_of, side_names, sides_of, verdict
+from data.check import Report, areas_of, by_kind, labels_of, pixels_of, side_names, sides_of, verdict
 from data.files import write_text
 from data.images import read_image
+from data.masks import read_mask
 from data.readers import READERS
-from data.structures import Fault, Sample
+from data.structures import VOID, Fault, MaskFile, Sample
 
+MASKED = 0.5  # how much of a pixel is the colour of its class
 SIDE = 360  # pixels of a thumbnail's longer side
 QUALITY = 80  # of its JPEG
 EACH = 3  # pictures of every class, before any others
@@ -76,7 +79,9 @@ def _page(report: Report, most: int, seed: int) -> Iterator[str]:
     yield from _numbers(report)
     chosen = choose(report, most, seed)
     if chosen:
-        yield f"<h2>{len(chosen)} pictures</h2><p>Dashed boxes are ignored in evaluation and never trained on.</p>"
+        told = "Dashed boxes are ignored in evaluation and never trained on."
+        told = "Pixels without a colour are void." if data.format == "masks" else told
+        yield f"<h2>{len(chosen)} pictures</h2><p>{told}</p>"
     yield '<div class="sheet">'
     for split, sample, problems in tqdm(chosen, "drawing pictures", unit="image", delay=2, leave=False):
         yield from _figure(report, split, sample, problems)
@@ -88,6 +93,16 @@ def _numbers(report: Report) -> Iterator[str]:
     if not splits:
         return
     labels = {name: labels_of(split.samples) for name, split in splits.items()}
+    named = [f"{index} {name}" for index, name in enumerate(report.data.names)]
+    if report.data.format == "masks":
+        images = {name: np.bincount(found, minlength=len(named)) for name, found in labels.items()}
+        pixels = {name: pixels_of(split.samples, len(named)) for name, split in splits.items()}
+        yield '<div class="columns"><div><h2>Images that show a class</h2>'
+        yield from _bars(named, images)
+        yield "</div><div><h2>Pixels of each class</h2>"
+        yield from _bars(named, pixels)
+        yield "</div></div>"
+        return
     yield '<div class="columns"><div><h2>Splits</h2><table><tr><th></th><th>images</th><th>boxes</th>'
     yield "<th>without a box</th><th>ignored objects</th></tr>"
     for name, split in splits.items():
@@ -99,13 +114,16 @@ def _numbers(report: Report) -> Iterator[str]:
     sides = {name: sides_of(areas_of(split.samples)) for name, split in splits.items()}
     yield from _histogram(side_names(), sides)
     yield "</div><div><h2>Boxes of each class</h2>"
-    yield from _histogram([f"{index} {name}" for index, name in enumerate(report.data.names)], labels)
+    yield from _histogram(named, labels)
     yield "</div></div>"
 
 
 def _histogram(names: Sequence[str], found: dict[str, np.ndarray]) -> Iterator[str]:
     """A row a name: how often each split has it, and a bar for all together."""
-    counts = {split: np.bincount(values, minlength=len(names)) for split, values in found.items()}
+    yield from _bars(names, {split: np.bincount(values, minlength=len(names)) for split, values in found.items()})
+
+
+def _bars(names: Sequence[str], counts: dict[str, np.ndarray]) -> Iterator[str]:
     totals = sum(counts.values(), np.zeros(len(names), dtype=np.int64))
     yield f"<table><tr><th></th>{''.join(f'<th>{split}</th>' for split in counts)}<th></th></tr>"
     for index, name in enumerate(names):
@@ -183,14 +201,22 @@ def _figure(report: Report, split: str, sample: Sample, problems: Sequence[str])
     scale = min(1.0, SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    if sample.mask is not None:
+        small = coloured(small, sample.mask)
+        chips = (
+            f'<span style="color:{class_colour(label)}">■</span> {escape(report.data.names[label])}'
+            for label in sample.labels.tolist()
+        )
+        caption += f"<br>{', '.join(chips)}"
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     yield '<figure><div class="picture">'
     yield f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.tobytes()).decode("ascii")}">'
     yield f'<svg viewBox="0 0 {width} {height}">'
-    for boxes, labels, name in (
+    boxes_of_uses = (
         (sample.ignored_boxes, sample.ignored_labels, "ignored"),
         (sample.boxes, sample.labels, "trained"),
-    ):
+    )
+    for boxes, labels, name in boxes_of_uses if sample.mask is None else ():
         for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True):
             text, colour, letters = escape(report.data.names[label]), class_colour(label), max(width, height) / 26
             yield f'<rect class="{name}" x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" '
@@ -201,6 +227,19 @@ def _figure(report: Report, split: str, sample: Sample, problems: Sequence[str])
     yield f"</svg></div><figcaption>{caption}</figcaption></figure>"
 
 
+def coloured(image: np.ndarray, file: MaskFile) -> np.ndarray:
+    """A picture with the colours of its classes on it; void stays as it is."""
+    mask = cv2.resize(read_mask(file), image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    tones = [colorsys.hls_to_rgb(hue_of(label) / 360, 0.55, 0.9) for label in range(VOID + 1)]
+    painted = (255 * np.array(tones)).round().astype(np.uint8)[mask]
+    blended = cv2.addWeighted(image, 1 - MASKED, painted, MASKED, 0)
+    return np.where((mask == VOID)[..., None], image, blended)
+
+
+def hue_of(label: int) -> float:
+    """Hues a golden angle apart, in degrees, so that neighbours in number differ most."""
+    return label * 137.508 % 360
+
+
 def class_colour(label: int) -> str:
-    """Hues a golden angle apart, so that neighbours in number differ most."""
-    return f"hsl({label * 137.508 % 360:.0f} 90% 55%)"
+    return f"hsl({hue_of(label):.0f} 90% 55%)"

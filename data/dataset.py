@@ -29,16 +29,19 @@ from data.augment import (
     cropped,
     finished,
     fit,
+    fit_mask,
     fitted_size,
     letterbox_of,
     longest_side,
     mixup,
     paste,
+    paste_mask,
     place_of,
     shrink,
 )
 from data.files import atomically, cache_folder
 from data.images import image_size, read_image
+from data.masks import read_mask
 from data.structures import Fault, Letterbox, Sample, nearest
 
 CACHES = ("ram", "disk", "off")
@@ -48,6 +51,7 @@ NEAR = 64  # images whose mosaics are made of each other
 RECENT = 2 * NEAR - 1  # decoded images that a process holds on to: the largest such group
 STRIDE = 32  # pixels; sides of a rectangle are multiples of it
 HEADERS = (".jpg", ".jpeg", ".png")  # of which the size is known without decoding
+NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 AUGMENT, ORDER = 1, 2  # purposes of a random stream: (seed, epoch, index, purpose)
 
 
@@ -55,7 +59,8 @@ AUGMENT, ORDER = 1, 2  # purposes of a random stream: (seed, epoch, index, purpo
 class Item:
     """One input: image ``[3, H, W]`` uint8 RGB, boxes ``[M, 4]`` float32 xyxy in its pixels, labels ``[M]`` int64.
 
-    The letterbox is that of the image `index`; a box of an augmented item cannot be led back through it.
+    The letterbox is that of the image `index`; a box of an augmented item cannot be led back through it. Where the
+    sample has a mask, so has the item: ``[H, W]`` uint8, and there are no boxes.
     """
 
     image: Tensor
@@ -63,6 +68,7 @@ class Item:
     labels: Tensor
     letterbox: Letterbox
     index: int
+    mask: Tensor | None = None
 
 
 class ImageSet(Dataset[Item]):
@@ -112,15 +118,17 @@ class ImageSet(Dataset[Item]):
         # Of images that are cropped, the shorter side that is kept: nothing of a part of them has to be enlarged.
         self._side = math.ceil(imgsz / min(CENTRE, math.sqrt(1 - augment.scale) if augment else 1))
         self.shapes: np.ndarray | None = None  # [N, 2] height, width of each item, where a loader has chosen them
-        self._room = CACHE_BYTES // (3 * (self._side if crop else imgsz) ** 2)  # images
+        bytes_a_pixel = 4 if self.samples and self.samples[0].mask else 3
+        self._room = CACHE_BYTES // (bytes_a_pixel * (self._side if crop else imgsz) ** 2)  # images
         self._cache: dict[tuple[int, int], np.ndarray] = {}  # by index and reduction
         self._recent: dict[tuple[int, int], np.ndarray] = {}  # the same; the last one used stands last
+        self._masks: dict[int, np.ndarray] = {}  # of images that the cache holds
         self._sizes: dict[int, tuple[int, int]] = {}
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy for another process: without the images in memory, which would have to be sent through a pipe."""
-        return {**self.__dict__, "_cache": {}, "_recent": {}, "_order": None}
+        return {**self.__dict__, "_cache": {}, "_recent": {}, "_masks": {}, "_order": None}
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose augmentations the items from now on show."""
@@ -144,6 +152,8 @@ class ImageSet(Dataset[Item]):
             if len(self._cache) == self._room:
                 return
             self._base(index)
+            if self.samples[index].mask:
+                self._mask(index)
 
     def is_cached(self) -> bool:
         """Whether no image has to be decoded again."""
@@ -196,7 +206,8 @@ class ImageSet(Dataset[Item]):
         cv2.split(picture.image, list(planes))
         boxes = torch.from_numpy(picture.boxes.astype(np.float32))
         letterbox = self._letterbox(index, shape)
-        return Item(torch.from_numpy(planes), boxes, torch.from_numpy(picture.labels), letterbox, index)
+        mask = None if picture.mask is None else torch.from_numpy(picture.mask)
+        return Item(torch.from_numpy(planes), boxes, torch.from_numpy(picture.labels), letterbox, index, mask)
 
     def _letterbox(self, index: int, shape: Shape) -> Letterbox:
         size = self.size(index)
@@ -209,6 +220,9 @@ class ImageSet(Dataset[Item]):
             return Picture(image, visible, labels)
         fitted = fit(self._base(index), self.imgsz)
         sample = self.samples[index]
+        if sample.mask:
+            mask = fit_mask(self._mask(index), fitted.shape[1::-1])
+            return Picture(paste(fitted, shape, letterbox), *NO_BOXES, paste_mask(mask, shape, letterbox))
         return Picture(paste(fitted, shape, letterbox), letterbox.to_network(sample.boxes), sample.labels.copy())
 
     def _augmented(self, index: int, shape: Shape, augment: Augment, rng: np.random.Generator) -> Picture:
@@ -234,7 +248,10 @@ class ImageSet(Dataset[Item]):
         size, sample, longest = self.size(index), self.samples[index], self._longest(index)
         width, height = fitted_size(*size, longest) if max(size) > longest else size
         stretch = np.array([width / size[0], height / size[1]] * 2, np.float32)
-        return Source(width, height, sample.boxes * stretch, sample.labels, partial(self._base, index, remember=True))
+        read = partial(self._base, index, remember=True)
+        if sample.mask:
+            return Source(width, height, *NO_BOXES, read, partial(self._mask, index))
+        return Source(width, height, sample.boxes * stretch, sample.labels, read)
 
     def _base(self, index: int, remember: bool = False) -> np.ndarray:
         """The image, scaled down to `_longest` where it is larger; `remember` it for the next items."""
@@ -253,6 +270,20 @@ class ImageSet(Dataset[Item]):
             if len(self._recent) > RECENT:
                 del self._recent[next(iter(self._recent))]
         return image
+
+    def _mask(self, index: int) -> np.ndarray:
+        """The mask of the image `index`, at the size of `_base`. It is in memory where the image is."""
+        if index in self._masks:
+            return self._masks[index]
+        file = self.samples[index].mask
+        assert file is not None
+        mask = read_mask(file)
+        longest = self._longest(index)
+        if max(mask.shape) > longest:
+            mask = fit_mask(mask, fitted_size(mask.shape[1], mask.shape[0], longest))
+        if self.cache == "ram" and get_worker_info() is None and len(self._masks) < self._room:
+            self._masks[index] = mask
+        return mask
 
     def _longest(self, index: int) -> int:
         """The longer side of the image `index`, in pixels, that it is scaled down to where it is larger."""

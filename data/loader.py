@@ -129,10 +129,12 @@ def collate(items: Sequence[Item]) -> Batch:
     """Joins items into a `Batch`; also for the founder of batches by hand, as in tests."""
     images = torch.stack([item.image for item in items])
     counts = torch.tensor([len(item.labels) for item in items])
+    masks = [item.mask for item in items if item.mask is not None]
     targets = Targets(
         torch.cat([item.boxes for item in items]),
         torch.cat([item.labels for item in items]),
         torch.repeat_interleave(torch.arange(len(items)), counts),
+        torch.stack(masks) if masks else None,
     )
     letterboxes = tuple(item.letterbox for item in items)
     return Batch(images, targets, letterboxes, tuple(item.index for item in items))

@@ -31,6 +31,11 @@ def split_data(
     folder = Path(os.path.abspath(folder))
     check_shares(shares)
     chosen = tuple(of) or tuple(name for name in SPLITS if data.sources(name))
+    if any(data.masks(name) for name in SPLITS):
+        raise Fault(
+            f"{data.path}: names folders of masks, which are unknown to a list of images; "
+            "folders called images and masks would find each other without a name"
+        )
     found = {sample.path: sample for name in chosen for sample in read_split(data, name).samples}
     samples = list(found.values())
     if len(samples) < len(shares):
@@ -164,6 +169,8 @@ def _yaml(data: DataSpec, folder: Path, parts: Sequence[str], of: Sequence[str])
             dict.fromkeys(Path(os.path.relpath(json, data.root)).as_posix() for s in of for json in data.jsons(s))
         )
         values |= {f"{part}_json": jsons if len(jsons) > 1 else jsons[0] for part in parts}
+    if data.format == "masks":
+        values |= {"void": list(data.void)} if data.void else {}
     if data.annotations is not None:
         values["annotations"] = data.annotations
     values |= {"format": data.format, "names": list(data.names)}

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+VOID = 255  # in a mask: a pixel of no class, which is neither learned from nor measured on
+
 
 class Fault(ValueError):
     """Something the user gave is wrong. One line a problem: where, what was found, what would be right.
@@ -41,10 +43,20 @@ def _none_of(shape: tuple[int, ...], kind: type) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class MaskFile:
+    """A PNG with an id a pixel. Its ids that are not `void` stand, in their order, for the `classes` 0, 1, 2, ..."""
+
+    path: Path
+    classes: int
+    void: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sample:
     """One labelled image on disk: boxes ``[M, 4]`` float32 in pixels of the original image, labels ``[M]`` int64.
 
-    An image that is of a class as a whole has one box, which fills it.
+    An image that is of a class as a whole has one box, which fills it. One with a mask has such a box for every class
+    that the mask shows, and its pixels as the area.
 
     Attributes:
         areas: ``[M]`` float64 square pixels of the objects themselves, where the file knows them (COCO's are those of
@@ -54,6 +66,7 @@ class Sample:
         ignored_labels: ``[K]`` int64.
         ignored_crowd: ``[K]`` bool; a crowd's overlap is measured over the detection's own area.
         image_id: COCO's number of the image.
+        mask: where the class of every pixel stands, if anywhere.
     """
 
     path: Path
@@ -64,6 +77,7 @@ class Sample:
     ignored_labels: np.ndarray = _none_of((0,), np.int64)
     ignored_crowd: np.ndarray = _none_of((0,), np.bool_)
     image_id: int | None = None
+    mask: MaskFile | None = None
 
 
 @dataclass(frozen=True)
@@ -90,14 +104,20 @@ class Letterbox:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch should find: boxes ``[M, 4]`` float32, labels ``[M]`` int64, the image ``[M]`` int64 each is in."""
+    """What a batch should find: boxes ``[M, 4]`` float32, labels ``[M]`` int64, the image ``[M]`` int64 each is in.
+
+    Of images whose pixels are of classes the masks ``[N, H, W]`` uint8, with `VOID` where a pixel is of none; None of
+    others.
+    """
 
     boxes: Tensor
     labels: Tensor
     image_index: Tensor
+    masks: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Targets:
-        return Targets(self.boxes.to(device), self.labels.to(device), self.image_index.to(device))
+        masks = None if self.masks is None else self.masks.to(device)
+        return Targets(self.boxes.to(device), self.labels.to(device), self.image_index.to(device), masks)
 
 
 @dataclass(frozen=True)
@@ -121,6 +141,13 @@ class Ranking:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The class of every pixel of one image: labels ``[H, W]`` uint8 on the CPU."""
+
+    labels: Tensor
 
 
 @dataclass(frozen=True)

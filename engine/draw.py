@@ -11,10 +11,14 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from data.structures import Detections, Fault, Ranking, Targets
+from data.structures import VOID, Detections, Fault, LabelMap, Ranking, Targets
 from engine.runs import atomically
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+PAINT = 0.55  # how much of a pixel is the colour of its class
+NAMED_SHARE = 0.004  # of a picture: a class that fills less is not named in it
+NAMED_SIDE = 240  # pixels: in a smaller picture of a grid, names would hide what they name
+SKETCH = 160  # pixels of the longer side, at which the places of names are looked for
 Color = tuple[int, int, int]
 
 
@@ -116,13 +120,69 @@ def draw_ranking(
     return picture
 
 
+def draw_label_map(
+    image: np.ndarray,
+    found: LabelMap,
+    names: Sequence[str],
+    thickness: int = 0,
+    *,
+    show_labels: bool = True,
+    show_scores: bool = True,
+) -> np.ndarray:
+    """A copy of ``image`` under the colours of its pixels' classes, with their names unless ``show_labels`` is off.
+
+    ``thickness`` is that of the letters, 0 suits the size of the image; there are no scores to be shown.
+    """
+    return painted(image, found.labels.numpy(), names if show_labels else (), thickness)
+
+
+def painted(image: np.ndarray, labels: np.ndarray, names: Sequence[str] = (), thickness: int = 0) -> np.ndarray:
+    """A copy of ``image`` under the colours of the classes ``[H, W]``, borders drawn darker; void stays as it is.
+
+    ``names`` are written where their class is widest, of those that fill enough of the picture.
+    """
+    colors = np.array([class_color(label) for label in range(VOID + 1)], np.uint8)
+    picture = cv2.addWeighted(image, 1 - PAINT, colors[labels], PAINT, 0)
+    border = np.zeros(labels.shape, bool)
+    border[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    border[1:] |= labels[1:] != labels[:-1]
+    picture[border] = picture[border] // 2
+    picture[labels == VOID] = image[labels == VOID]
+    thickness = thickness or auto_thickness(*labels.shape)
+    for label, (x, y) in wide_places(labels).items() if names else ():
+        text = str(names[label])
+        width, height = text_size(text, thickness)
+        left = min(max(0, x - width // 2), max(0, labels.shape[1] - width))
+        top = min(max(0, y - height // 2), max(0, labels.shape[0] - height))
+        draw_text(picture, left, top, text, class_color(label), thickness)
+    return picture
+
+
+def wide_places(labels: np.ndarray) -> dict[int, tuple[int, int]]:
+    """For each class that fills enough of ``[H, W]``, x and y of the pixel that is farthest from any other class."""
+    height, width = labels.shape
+    scale = min(1.0, SKETCH / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    sketch = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    places = {}
+    for label in np.unique(sketch).tolist():
+        mine = sketch == label
+        if label == VOID or mine.mean() < NAMED_SHARE:
+            continue
+        inside = np.pad(mine, 1).astype(np.uint8)  # the edge of the picture is a border too
+        away = cv2.distanceTransform(inside, cv2.DIST_L2, 3)[1:-1, 1:-1]
+        row, column = np.unravel_index(int(away.argmax()), away.shape)
+        places[label] = (int((column + 0.5) * width / size[0]), int((row + 0.5) * height / size[1]))
+    return places
+
+
 def grid(
     images: Tensor, targets: Targets, names: Sequence[str] = (), *, limit: int = 16, side: int = 1920
 ) -> np.ndarray:
     """One picture of the first ``limit`` images of a batch with their targets.
 
     Images are ``[N, 3, S, S]``, uint8 or floats 0 to 1; the picture is at most ``side`` pixels wide and high. Boxes
-    are named by ``names``, or by their numbers.
+    are named by ``names``, or by their numbers. Masks are laid over their images.
     """
     pixels = images[:limit].detach().cpu()
     if pixels.is_floating_point():
@@ -135,6 +195,9 @@ def grid(
     picture = np.full((rows * cell[1], columns * cell[0], 3), 114, np.uint8)
     for index in range(count):
         image = cv2.resize(pixels[index].permute(1, 2, 0).numpy(), cell, interpolation=cv2.INTER_AREA)
+        if targets.masks is not None:
+            mask = cv2.resize(targets.masks[index].cpu().numpy(), cell, interpolation=cv2.INTER_NEAREST_EXACT)
+            image = painted(image, mask, names if min(cell) >= NAMED_SIDE else ())
         here = (targets.image_index == index).cpu()
         for box, label in zip(
             (targets.boxes.cpu()[here] * scale).tolist(), targets.labels.cpu()[here].tolist(), strict=True

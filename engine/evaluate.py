@@ -1,8 +1,8 @@
 """How good a detector is: COCO's twelve numbers, and how long an image takes. And val.py, for every task.
 
 The metric is pycocotools', or faster-coco-eval's where that is installed (the ``fast`` extra): the same numbers to
-1e-6, several times sooner. VOC's numbers are in `engine.voc`, a classifier's in `engine.classify`, the pictures in
-`engine.plots`.
+1e-6, several times sooner. VOC's numbers are in `engine.voc`, a classifier's in `engine.classify`, a segmenter's in
+`engine.segment`, the pictures in `engine.plots`.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ def detections_of(
                         kept = nms(
                             *predicted,
                             conf=conf,
-                            iou=iou,
+                            iou=iou if network.suppresses else 1.0,
                             max_det=max_det,
                             agnostic=agnostic,
                             classes=classes,
@@ -599,6 +599,7 @@ def validate_detector(asked: Asked) -> None:
 
 @door
 def main(argv: Sequence[str] | None = None) -> int:
+    from engine.export import file_to_measure  # which asks this file what sizes there are
     from engine.tasks import (
         check_data,
         check_given,
@@ -606,9 +607,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # which knows how each task is measured, detection by this file
 
     parser = option_parser(
-        "Measures a trained network on a labelled data set: COCO's twelve numbers, or top-1 and top-5, and each class."
+        "Measures a trained network on a labelled data set: COCO's twelve numbers, top-1 and top-5, or mIoU; and each "
+        "class."
     )
-    parser.add_argument("--weights", required=True, help="a checkpoint (.pt) that train.py wrote")
+    parser.add_argument("--weights", required=True, help="a checkpoint (.pt), or what export.py wrote of one (.onnx)")
     parser.add_argument("--data", required=True, help="the data set's YAML")
     parser.add_argument("--split", "--task", default="val", choices=["train", "val", "test"], help="default: val")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -625,8 +627,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--half", action="store_true", help="compute in float16; needs a GPU")
     parser.add_argument("--device", default="", help="cpu, 0, cuda:1; default: the first GPU, or the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
-    parser.add_argument("--save-json", action="store_true", help="predictions.json in COCO's results format")
-    parser.add_argument("--save-txt", action="store_true", help="labels/*.txt in YOLO's format")
+    parser.add_argument("--save-json", action="store_true", help="predictions.json, of a detector in COCO's format")
+    parser.add_argument(
+        "--save-txt", action="store_true", help="labels/*.txt in YOLO's format; of a segmenter labels/*.png"
+    )
     parser.add_argument("--save-conf", action="store_true", help="with --save-txt: each line ends with its score")
     parser.add_argument("--noplots", action="store_true", help="draw no pictures")
     parser.add_argument("--project", default="runs/val", help="default: runs/val")
@@ -644,14 +648,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.half and device.type == "cpu":
         raise Fault("--half: half precision needs a GPU, and this is a CPU; leave --half out")
 
-    checkpoint = load_checkpoint(options.weights)
+    network: Any = None
+    if Path(options.weights).suffix == ".onnx":
+        asked = {"imgsz": options.imgsz, "half": options.half, "rect": options.rect}
+        checkpoint, network = file_to_measure(Path(options.weights), device, **asked)
+    else:
+        checkpoint = load_checkpoint(options.weights)
     task = task_of(checkpoint.spec)
     check_given(task, options, parser)
     data = read_data_spec(options.data)
     check_data(checkpoint.spec, data)
     if not options.single_cls:
         check_names(options.weights, checkpoint.names, options.data, data.names)
-    network = restore(checkpoint).to(device)
+    network = (network or restore(checkpoint)).to(device)
     network = network.half() if options.half else network
     imgsz = check_imgsz(options.imgsz or checkpoint.imgsz, network.max_stride)
     split = read_split(data, options.split)

@@ -1,13 +1,15 @@
-"""A detector as one file that runs without this program: ONNX, or a program of torch.export.
+"""A network as one file that runs without this program: ONNX, or a program of torch.export.
 
 An ONNX file takes images of any height and width that are multiples of the network's stride, so that detect.py pads
 them as little for it as for a checkpoint, and finds the same.
 
 What is written is loaded again, held against the network it was made from, and timed. A file that does not give the
-same detections is not left behind. To run one needs torch or onnxruntime and nothing else::
+same is not left behind. To run one needs torch or onnxruntime and nothing else::
 
     boxes, scores = torch.export.load("best.pt2").module()(images)
     boxes, scores = onnxruntime.InferenceSession("best.onnx").run(None, {"images": images})
+
+That of a classifier gives scores ``[N, C]`` alone, which sum to 1; that of a segmenter scores ``[N, C, H, W]``.
 
 Shape letters: N images, M boxes before suppression, K candidates, D detections at most, C classes.
 """
@@ -20,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.augment import letterbox
+from data.augment import letterbox, middle
 from data.images import SUFFIXES, read_image
 from data.shapes import draw_image
 from data.structures import Detections, Fault
@@ -41,12 +43,13 @@ from engine.evaluate import check_imgsz, check_thresholds
 from engine.nms import nms
 from engine.runs import atomically
 from engine.sources import find_files
-from engine.tasks import task_of
+from engine.tasks import check_given, task_of
 from models.boxes import pairwise_iou
 from models.checkpoint import Checkpoint, load_checkpoint, restore
 from models.cost import count_params
 from models.fuse import fuse
 from models.network import Network
+from models.parse import parse_text
 
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # of the extra `export`
@@ -56,6 +59,8 @@ BATCHES = (1, 3)  # of the check; the file takes any
 TOLERANCE = 1e-4  # largest difference of numbers, as a share of the largest number
 SAME_IOU, SAME_SCORE = 0.99, 1e-3  # of two detections that are one
 LOOKED_AT = (30, 200)  # boxes an image that the check compares, at least and at most
+LEAST = 1e-12  # score whose logarithm is compared
+LETTERBOXED = "scaled to fit imgsz and centred on grey 114 / 255"
 MOST_SECONDS = 20.0  # of measuring how long an image takes
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
@@ -73,8 +78,9 @@ class Suppression:
 class Exported(nn.Module):
     """What a file computes of images ``[N, 3, H, W]``: RGB in 0 to 1, letterboxed as everywhere in this program.
 
-    Without suppression boxes ``[N, M, 4]`` xyxy in pixels of the input and scores ``[N, M, C]``. With it boxes
-    ``[N, D, 4]``, scores ``[N, D]``, labels ``[N, D]`` and how many there are ``[N]``, best first, the rest zeros.
+    Of a detector without suppression boxes ``[N, M, 4]`` xyxy in pixels of the input and scores ``[N, M, C]``. With it
+    boxes ``[N, D, 4]``, scores ``[N, D]``, labels ``[N, D]`` and how many there are ``[N]``, best first, the rest
+    zeros. Of any other network scores alone.
     """
 
     conf: Tensor
@@ -89,8 +95,10 @@ class Exported(nn.Module):
             self.register_buffer("iou", torch.tensor(suppression.iou))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        boxes_NM4, scores_NMC = self.network.predict(images)
-        return self.suppress(boxes_NM4, scores_NMC) if self.max_det else (boxes_NM4, scores_NMC)
+        found = self.network.predict(images)
+        if isinstance(found, Tensor):
+            return (found,)
+        return self.suppress(*found) if self.max_det else found
 
     def suppress(self, boxes_NM4: Tensor, scores_NMC: Tensor) -> tuple[Tensor, ...]:
         """`engine.nms` with one class a box, in steps whose sizes do not depend on what is in the images.
@@ -141,25 +149,32 @@ def _take(boxes: Tensor, index: Tensor) -> Tensor:
     return boxes.gather(1, index[..., None].expand(-1, -1, 4))
 
 
-OUTPUTS = {False: ("boxes", "scores"), True: ("boxes", "scores", "labels", "count")}
+OUTPUTS = {False: ("boxes", "scores"), True: ("boxes", "scores", "labels", "count")}  # without and with suppression
+SCORES = ("scores",)  # of what is no detector
 
 
 # ---- writing and running a file
 
 
 def write_file(
-    path: Path, kind: str, exported: Exported, example: Tensor, about: Mapping[str, str], stride: int | None = None
+    path: Path,
+    kind: str,
+    exported: nn.Module,
+    example: Tensor,
+    about: Mapping[str, str],
+    outputs: Sequence[str] = OUTPUTS[False],
+    stride: int | None = None,
 ) -> None:
     """The module as a file of that kind for any number of images like the example; ``about`` travels in it by name.
 
-    With ``stride`` it takes images of any size that is a multiple of it, and the example only says how many channels.
+    An ONNX file gives what the module does under the names `outputs`. With ``stride`` it takes images of any size that
+    is a multiple of it, and the example only says how many channels.
     """
     assert len(example) > 1, "a batch of 1 would be taken for the only one"
     free: dict[int, Any] = {0: torch.export.Dim("batch")}
     if stride:
         free |= {2: stride * torch.export.Dim("height"), 3: stride * torch.export.Dim("width")}
         example = example.new_zeros(*example.shape[:2], 4 * stride, 6 * stride)  # a 1 would be taken for the only one
-    names = OUTPUTS[exported.max_det > 0]
     with torch.no_grad(), exporter_silent():
         program = torch.export.export(exported, (example,), dynamic_shapes=(free,))
         program.example_inputs = None  # it would be stored, and it says nothing
@@ -171,7 +186,7 @@ def write_file(
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=list(names),
+            output_names=list(outputs),
             dynamic_shapes=(free,),
             verbose=False,
         )
@@ -217,7 +232,8 @@ class OnnxFile:
     """An ONNX file of this program, to be used like the `Network` it was made from.
 
     ``side`` is that of its square input, or None where it takes any multiple of ``max_stride``; ``suppression`` is what
-    it has done by itself, or None.
+    it has done by itself, or None; ``task`` is that of the network's head, ``yaml`` its model file; ``suppresses`` is
+    `Network.suppresses`.
     """
 
     path: Path
@@ -227,14 +243,19 @@ class OnnxFile:
     max_stride: int
     side: int | None
     suppression: Suppression | None
+    task: str = "detect"
+    yaml: str = ""
+    suppresses: bool = True
 
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor) -> Any:
         """As `Network.predict`: boxes ``[N, M, 4]`` and scores ``[N, M, C]``; of a file that suppresses, what is left.
 
         Suppressed detections have the score of their class and 0 for all others, so that suppression as before, done
-        once more, changes nothing.
+        once more, changes nothing. What is no detector gives scores alone.
         """
         outputs = [torch.from_numpy(y) for y in self.session.run(None, {"images": images.cpu().contiguous().numpy()})]
+        if len(outputs) == 1:
+            return outputs[0]
         if self.suppression is None:
             return outputs[0], outputs[1]
         boxes_ND4, scores_ND, labels_ND, _ = outputs
@@ -268,9 +289,48 @@ def read_onnx(path: Path, device: torch.device | str = "cpu") -> OnnxFile:
         suppression = Suppression(inside["conf"], inside["iou"], inside["max_det"]) if inside else None
         imgsz, stride = int(about["imgsz"]), int(about.get("stride") or max(strides))
         side = session.get_inputs()[0].shape[2]
+        task, suppresses = about.get("task", "detect"), json.loads(about.get("suppresses", "true"))
     except (KeyError, ValueError, TypeError, IndexError):
         raise Fault(f"{path}: does not say which classes it finds; export.py writes ONNX files that do") from None
-    return OnnxFile(path, session, tuple(names), imgsz, stride, side if isinstance(side, int) else None, suppression)
+    free = None if isinstance(side, str) else side
+    text = about.get("yaml", "")
+    return OnnxFile(path, session, tuple(names), imgsz, stride, free, suppression, task, text, bool(suppresses))
+
+
+class FileNetwork(nn.Module):
+    """An exported file in the place of the `Network` that it was made from, to be measured.
+
+    It has no weights: its one parameter says where, and in which precision, it takes images.
+    """
+
+    def __init__(self, file: OnnxFile) -> None:
+        super().__init__()
+        self.file, self.num_classes, self.max_stride = file, len(file.names), file.max_stride
+        self.suppresses = file.suppresses
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def predict(self, images: Tensor) -> Any:
+        return self.file.predict(images)
+
+
+def file_to_measure(
+    path: Path, device: torch.device, *, imgsz: int | None, half: bool, rect: bool
+) -> tuple[Checkpoint, FileNetwork]:
+    """What val.py needs of an ONNX file, without weights. Raises a `Fault` for one that does not tell all it finds."""
+    if half:
+        raise Fault(f"{path}: an exported file has the precision it was written with; leave --half out")
+    file = read_onnx(path, device)
+    if file.suppression:
+        raise Fault(f"{path}: suppresses by itself, and leaves out what AP counts; export it again without --nms")
+    if file.task == "segment":
+        raise Fault(
+            f"{path}: a segmenter is measured by its checkpoint (.pt), whose logits are enlarged, not its scores"
+        )
+    if file.side and (rect or imgsz not in (None, file.side)):
+        asked = "rectangles" if rect else imgsz
+        raise Fault(f"{path}: takes images of {file.side} px only, not {asked}; export it without --static")
+    spec = parse_text(file.yaml, f"{path}[yaml]")
+    return Checkpoint(path, spec, file.yaml, file.names, file.imgsz, {}, None, {}), FileNetwork(file)
 
 
 def _with_threshold(path: Path, conf: float) -> bytes:
@@ -299,7 +359,7 @@ def exporter_silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-# ---- is it the same detector?
+# ---- is it the same network?
 
 
 @dataclass(frozen=True)
@@ -313,6 +373,39 @@ class Parity:
     def line(self) -> str:
         compared = f"{self.detections} detections matched one to one"
         return f"parity: boxes {self.boxes:.1e}, scores {self.scores:.1e} of their largest; {compared}"
+
+
+@dataclass(frozen=True)
+class ScoreParity:
+    """The same for a network that gives scores alone: worst differences of these and of their logarithms."""
+
+    scores: float
+    logarithms: float
+    images: int
+
+    def line(self) -> str:
+        return (
+            f"parity: scores {self.scores:.1e}, their logarithms {self.logarithms:.1e} of the largest, "
+            f"{self.images} images"
+        )
+
+
+def check_scores(network: Network, run: Run, images: Tensor) -> ScoreParity:
+    """Hold a written file that gives scores against the network, in batches of 1 and 3. Raises a `Fault` where they
+    differ.
+
+    Their logarithms are compared as well: a network that is sure of itself has scores of 0 and 1 whatever its last
+    digits are.
+    """
+    scores, logarithms = 0.0, 0.0
+    for batch in BATCHES:
+        with torch.no_grad():
+            wanted, (found,) = network.predict(images[:batch]), run(images[:batch])
+        assert isinstance(wanted, Tensor)
+        scores = max(scores, _difference("scores", wanted, found))
+        pair = (y.clamp(min=LEAST).log() for y in (wanted, found))
+        logarithms = max(logarithms, _difference("logarithms of scores", *pair))
+    return ScoreParity(scores, logarithms, sum(BATCHES))
 
 
 def check_parity(
@@ -409,8 +502,10 @@ def _matched(wanted: Detections, found: Detections, above: float, max_det: int) 
     return here, there
 
 
-def check_images(source: str | None, imgsz: int) -> Tensor:
-    """The images of the check ``[3, 3, imgsz, imgsz]`` in 0 to 1: of ``source``, or drawn ones."""
+def check_images(source: str | None, imgsz: int, crops: bool = False) -> Tensor:
+    """The images of the check ``[3, 3, imgsz, imgsz]`` in 0 to 1, of ``source`` or drawn ones: whole, with grey around
+    them, or with `crops` their middles.
+    """
     if source is None:
         pictures = [draw_image(imgsz, np.random.default_rng(seed))[0] for seed in range(max(BATCHES))]
     else:
@@ -418,7 +513,7 @@ def check_images(source: str | None, imgsz: int) -> Tensor:
         if not files:
             raise Fault(f"--source {source}: no image in it")
         pictures = [read_image(files[index % len(files)]) for index in range(max(BATCHES))]
-    squares = np.stack([letterbox(picture, imgsz)[0] for picture in pictures])
+    squares = np.stack([(middle if crops else letterbox)(picture, imgsz)[0] for picture in pictures])
     return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
@@ -450,9 +545,9 @@ def latency_line(networks: Mapping[str, Network], run: Run, name: str, imgsz: in
     image = torch.zeros(1, 3, imgsz, imgsz)
 
     def detect(network: Network) -> None:
-        boxes, scores = network.predict(image)
+        found = network.predict(image)
         if inside:
-            _suppressed(boxes[0], scores[0], inside, inside.conf)
+            _suppressed(found[0][0], found[1][0], inside, inside.conf)
 
     runs: dict[str, Callable[[], object]] = {label: partial(detect, network) for label, network in networks.items()}
     times = interleaved_ms(runs | {name: lambda: run(image)})
@@ -467,22 +562,27 @@ def described(
     checkpoint: Checkpoint, imgsz: int, network: Network, suppression: Suppression | None, shape: str
 ) -> dict[str, str]:
     """What a user of the file needs to know beside the tensors, each as text (JSON where it is more than a word)."""
+    task = task_of(checkpoint.spec)
+    seen = "its middle, a square of 7/8 of its shorter side, scaled to imgsz" if task.crops else LETTERBOXED
     about = {
+        "task": task.name,
         "names": json.dumps(list(checkpoint.names)),
         "imgsz": str(imgsz),
         "strides": json.dumps(list(getattr(network.head, "strides", ()))),
         "stride": str(network.max_stride),  # height and width are multiples of it
-        "input": f"images {shape}, RGB from 0 to 1, scaled to fit imgsz and centred on grey 114 / 255",
-        "boxes": "x1 y1 x2 y2 in pixels of the input",
+        "input": f"images {shape}, RGB from 0 to 1, {seen}",
         "yaml": checkpoint.yaml,
     }
+    if task.name == "detect":
+        about["boxes"] = "x1 y1 x2 y2 in pixels of the input"
+        about["suppresses"] = json.dumps(network.suppresses)
     if suppression:
         about["nms"] = json.dumps({**vars(suppression), "candidates": CANDIDATES})
     return about
 
 
 def export(
-    weights: Path,
+    checkpoint: Checkpoint,
     kind: str,
     out: Path,
     *,
@@ -493,13 +593,11 @@ def export(
     any_size: bool = False,
 ) -> Iterator[str]:
     """Write, check and time a file; yields a line for each. Raises a `Fault`, and leaves no file, where it differs."""
-    checkpoint = load_checkpoint(weights)
     task = task_of(checkpoint.spec)
-    if task.name != "detect":
-        raise Fault(f"{weights}: {task.network}; export.py writes detectors only")
     network = restore(checkpoint)
     side = check_imgsz(imgsz or checkpoint.imgsz, network.max_stride)
-    images = check_images(source, side)
+    images = check_images(source, side, task.crops)
+    asked = asked if network.suppresses else replace(asked, iou=1.0)
     suppression = asked if inside else None
     fused = fuse(network)
     stride = network.max_stride
@@ -507,20 +605,27 @@ def export(
     if any_size:
         shape = f"[batch, 3, height, width], multiples of {stride}"
     about = described(checkpoint, side, network, suppression, shape)
+    outputs = OUTPUTS[inside] if task.name == "detect" else SCORES
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomically(out) as temporary:
-        write_file(temporary, kind, Exported(fused, suppression), images, about, stride if any_size else None)
+        exported = Exported(fused, suppression)
+        write_file(temporary, kind, exported, images, about, outputs, stride if any_size else None)
         read = cache(partial(read_file, temporary, kind))
+
+        def held_against(images: Tensor) -> Parity | ScoreParity:
+            if task.name == "detect":
+                return check_parity(network, read, images, asked, inside=inside)
+            return check_scores(network, read(None), images)
+
         try:
-            parity = check_parity(network, read, images, asked, inside=inside)
+            parity = held_against(images)
             if any_size:
-                flat = images[:, :, : max(side // 2 // stride, 1) * stride]
-                check_parity(network, read, flat, asked, inside=inside)
+                held_against(images[:, :, : max(side // 2 // stride, 1) * stride])
         except Fault as fault:
             raise Fault(*(f"{out}: was not written: {line}" for line in fault.lines)) from None
         run = read(None)
     parameters = f"{count_params(fused):,} of {count_params(network):,} parameters, the rest is folded"
-    yield f"{out}: {shape} -> {', '.join(OUTPUTS[inside])}; {parameters}"
+    yield f"{out}: {shape} -> {', '.join(outputs)}; {parameters}"
     yield parity.line()
     timed = {"torch": network, "torch fused": fused}
     yield latency_line(timed, run, "onnxruntime" if kind == "onnx" else "torch.export", side, suppression)
@@ -528,7 +633,7 @@ def export(
 
 @door
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = option_parser("Writes a trained detector as a file that runs without this program, and checks it.")
+    parser = option_parser("Writes a trained network as a file that runs without this program, and checks it.")
     parser.add_argument("--weights", required=True, help="a checkpoint (.pt) that train.py wrote")
     parser.add_argument("--format", required=True, choices=list(ENDINGS), help="onnx, or torch for torch.export (.pt2)")
     parser.add_argument("-o", "--out", help="the file to write; default: beside the weights, with the format's ending")
@@ -549,8 +654,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if absent:
         raise Fault(f"--format onnx needs {', '.join(absent)}, not installed here: pip install -e '.[export]'")
     asked = Suppression(options.conf_thres, options.iou_thres, options.max_det)
+    checkpoint = load_checkpoint(weights)
+    check_given(task_of(checkpoint.spec), options, parser)
     for line in export(
-        weights,
+        checkpoint,
         options.format,
         out,
         imgsz=options.imgsz,

@@ -24,13 +24,14 @@ from data.augment import fit, letterbox_of, middle, paste
 from data.structures import Fault, Letterbox, nearest
 from engine.classify import ranking
 from engine.doors import door, option_parser, parse_device, parse_options, told
-from engine.draw import draw_detections, draw_ranking
+from engine.draw import draw_detections, draw_label_map, draw_ranking
 from engine.evaluate import check_imgsz, check_thresholds, timed, times_line, to_original
 from engine.export import OnnxFile, Suppression, read_onnx
 from engine.nms import nms
 from engine.overlap import ahead, behind
-from engine.results import DOCUMENT, LABELS, TABLE, Wanted, check_windows, write_results
-from engine.runs import new_run, table
+from engine.results import DOCUMENT, FORMS, LABELS, TABLE, Wanted, check_windows, found_table, write_results
+from engine.runs import new_run
+from engine.segment import label_maps
 from engine.sources import End, Frame, Source, check_codec, find_sources, read_picture, read_sources
 from engine.tasks import TASKS, check_given, task_of
 from models.checkpoint import load_checkpoint, restore
@@ -108,6 +109,32 @@ class Classes:
 
 
 @dataclass(frozen=True, eq=False)
+class Pixels:
+    """What the pixels of an image are of.
+
+    Attributes:
+        labels: ``[H, W]`` uint8, the class of each pixel, places in ``names``.
+        names: the classes of the network.
+        image: the picture itself, uint8 RGB ``[H, W, 3]``.
+    """
+
+    labels: np.ndarray
+    names: tuple[str, ...]
+    image: np.ndarray
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the image that each class fills, 0 to 1; they sum to 1."""
+        pixels = np.bincount(self.labels.reshape(-1), minlength=len(self.names))
+        return dict(zip(self.names, (pixels / pixels.sum()).tolist(), strict=True))
+
+    def draw(self, thickness: int = 0, *, labels: bool = True) -> np.ndarray:
+        """A copy of the image under the colours of its classes, with their names unless told otherwise; RGB."""
+        found = structures.LabelMap(torch.from_numpy(self.labels))
+        return draw_label_map(self.image, found, self.names, thickness, show_labels=labels)
+
+
+@dataclass(frozen=True, eq=False)
 class Model:
     """A network that takes images as they are and answers in their own pixels. `load` makes it.
 
@@ -142,14 +169,15 @@ class Model:
         these. ``classes`` keeps these classes, by name or number. ``agnostic`` compares boxes of all classes. Images of
         a batch share the smallest rectangle that holds them all. Raises a Fault for what is no image.
 
-        A classifier gives the `Classes` of an image, and has none of these options.
+        A classifier gives the `Classes` of an image, a segmenter its `Pixels`; they have none of these options.
         """
         if isinstance(images, np.ndarray | str | Path):
             return self([images], conf, iou, max_det=max_det, classes=classes, agnostic=agnostic)[0]
-        if self.task == "classify":
+        if self.task != "detect":
             if (conf, iou, max_det, classes, agnostic) != (None, None, None, None, False):
-                raise Fault("conf, iou, max_det, classes and agnostic mean nothing to a classifier; leave them out")
-            return self.classified(images, batch_size)
+                kind = TASKS[self.task].network
+                raise Fault(f"conf, iou, max_det, classes and agnostic mean nothing to {kind}; leave them out")
+            return (self.classified if self.task == "classify" else self.segmented)(images, batch_size)
         asked = asked_of(self, conf, iou, max_det, agnostic=agnostic)
         labels = class_labels(None if classes is None else [str(entry) for entry in classes], self.names)
         results: list[Detections] = []
@@ -168,6 +196,15 @@ class Model:
             pictures = [picture_of(image) for image in images[start : start + batch_size]]
             for picture, one in zip(pictures, self.rank(self.prepare(pictures)[0]), strict=True):
                 results.append(Classes(one.scores.numpy(), one.labels.numpy(), self.names, picture))
+        return results
+
+    def segmented(self, images: Sequence[np.ndarray | str | Path], batch_size: int = 1) -> list[Pixels]:
+        """What the pixels of each of some images are of."""
+        results = []
+        for start in range(0, len(images), batch_size):
+            pictures = [picture_of(image) for image in images[start : start + batch_size]]
+            for picture, one in zip(pictures, self.segment(*self.prepare(pictures)), strict=True):
+                results.append(Pixels(one.labels.numpy(), self.names, picture))
         return results
 
     def prepare(self, pictures: Sequence[np.ndarray]) -> tuple[Tensor, list[Letterbox]]:
@@ -212,7 +249,7 @@ class Model:
                     boxes[index][likely],
                     scores[index][likely],
                     conf=asked.conf,
-                    iou=asked.iou,
+                    iou=asked.iou if self.network.suppresses else 1.0,
                     max_det=asked.max_det,
                     agnostic=agnostic,
                     classes=classes,
@@ -228,6 +265,17 @@ class Model:
             images = batch.to(self.device)
             scores = cast(Any, self.network.predict((images.half() if self.half else images.float()) / 255))
             return [ranking(row) for row in scores]
+
+    @torch.inference_mode()
+    def segment(
+        self, batch: Tensor, letterboxes: Sequence[Letterbox], seconds: dict[str, float] | None = None
+    ) -> list[structures.LabelMap]:
+        """The classes of the pixels of each picture of a batch, at its own size, on the CPU. ``seconds`` collects the
+        time.
+        """
+        with timed(defaultdict(float) if seconds is None else seconds, "network", self.device):
+            images = batch.to(self.device)
+            return label_maps(self.network, (images.half() if self.half else images.float()) / 255, letterboxes)
 
 
 def load(
@@ -251,7 +299,7 @@ def load(
         if file.side and imgsz not in (None, file.side):
             raise Fault(f"{path}: takes images of {file.side} px only, not {imgsz}; export it with --imgsz {imgsz}")
         side = check_imgsz(imgsz or file.imgsz, file.max_stride)
-        return Model(file, file.names, side, device, rect=rect and file.side is None)
+        return Model(file, file.names, side, device, rect=rect and file.side is None, task=file.task)
     if path.suffix == ".pt2":
         raise Fault(f"{path}: a program of torch.export; give the checkpoint (.pt), or export it as .onnx")
     if half and device.type == "cpu":
@@ -349,11 +397,6 @@ def prepared(
             gathered = []
 
 
-def detections_table(scores_by_label: dict[int, list[float]], names: Sequence[str]) -> str:
-    rows = [(names[label], len(found), sum(found) / len(found)) for label, found in sorted(scores_by_label.items())]
-    return table(rows, ("class", "count", "mean score")) if rows else "nothing found"
-
-
 def ranking_line(frame: Frame, found: structures.Ranking, names: Sequence[str]) -> str:
     """``beach.jpg: beach 0.912, harbor 0.041, ...``"""
     rows = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
@@ -363,7 +406,8 @@ def ranking_line(frame: Frame, found: structures.Ranking, names: Sequence[str]) 
 @door
 def main(argv: Sequence[str] | None = None) -> int:
     parser = option_parser(
-        "Finds objects, or tells classes, in images, videos and streams, draws them, and writes them down."
+        "Finds objects, or classes of images or of pixels, in images, videos and streams, draws them, and writes them "
+        "down."
     )
     parser.add_argument("--weights", required=True, help="a checkpoint (.pt), or what export.py wrote of one (.onnx)")
     parser.add_argument(
@@ -382,7 +426,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vid-stride", type=int, default=1, help="every n-th frame of a video, at 1/n of its fps")
     parser.add_argument("--view", action="store_true", help="show pictures in a window; q ends, a key shows the next")
     parser.add_argument("--nosave", action="store_true", help="write no pictures and no videos")
-    parser.add_argument("--save-txt", action="store_true", help="also write labels/*.txt: class cx cy w h")
+    parser.add_argument(
+        "--save-txt", action="store_true", help="also write labels/*.txt: class cx cy w h; or labels/*.png"
+    )
     parser.add_argument("--save-conf", action="store_true", help="with --save-txt: the score ends each line")
     parser.add_argument("--save-csv", action="store_true", help="also write predictions.csv: a row a detection")
     parser.add_argument("--save-json", action="store_true", help="also write predictions.json: an entry an image")
@@ -433,7 +479,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (folder / LABELS).mkdir(exist_ok=True)
 
     seconds: dict[str, float] = defaultdict(float)
-    scores_by_label: dict[int, list[float]] = defaultdict(list)
+    form = FORMS[model.task]
+    numbers_by_label: dict[int, list[float]] = defaultdict(list)
     troubled: set[Source] = set()
     images = 0
     closed = Event()
@@ -469,13 +516,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                         found = next(results)
                         write(item, found)
                         images += 1
-                        pairs = list(zip(found.labels.tolist(), found.scores.tolist(), strict=True))
-                        if model.task == "classify":
-                            if not item.source.moves:
-                                tqdm.write(ranking_line(item, found, model.names))
-                            pairs = pairs[:1]
-                        for label, score in pairs:
-                            scores_by_label[label].append(score)
+                        if model.task == "classify" and not item.source.moves:
+                            tqdm.write(ranking_line(item, found, model.names))
+                        for label, number in form.counted(found):
+                            numbers_by_label[label].append(number)
 
             # a window belongs to the main thread
             put = work if options.view else stack.enter_context(behind(work, AHEAD))
@@ -485,6 +529,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found: list[Any] = []
                 if turn.batch is not None and model.task == "classify":
                     found = model.rank(turn.batch, seconds)
+                elif turn.batch is not None and model.task == "segment":
+                    found = model.segment(turn.batch, turn.letterboxes, seconds)
                 elif turn.batch is not None:
                     found = model.find(
                         turn.batch,
@@ -515,7 +561,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(sources) == 1:  # its fault has been told
             return 2
         raise Fault(f"{options.source}: nothing in it could be read")
-    print(detections_table(scores_by_label, model.names))
+    print(found_table(form, numbers_by_label, model.names))
     each = {name: 1000 * total / images for name, total in seconds.items()}
     together = 1000 * (time.perf_counter() - start) / images
     print(f"{images} images, {times_line(each)}; side by side {together:.1f}")

@@ -69,8 +69,8 @@ def seconds_a_step(network: Network, batch: Batch, device: torch.device, amp: st
 def one_step(network: Network, batch: Batch, device: torch.device, amp: str) -> None:
     """Forward, loss and backward; the weights stay."""
     with autocast(device, amp):
-        outputs, _aux = network(pixels(batch, device))
-    network.loss_from(outputs, batch.targets.to(device))[0].backward()
+        outputs, aux = network(pixels(batch, device))
+    network.loss_from(outputs, batch.targets.to(device), aux)[0].backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -134,7 +134,8 @@ def repeated(batch: Batch, size: int) -> Batch:
         boxes.append(batch.targets.boxes[here])
         labels.append(batch.targets.labels[here])
         index.append(torch.full((int(here.sum()),), number))
-    targets = Targets(torch.cat(boxes), torch.cat(labels), torch.cat(index))
+    masks = None if batch.targets.masks is None else batch.targets.masks[picked]
+    targets = Targets(torch.cat(boxes), torch.cat(labels), torch.cat(index), masks)
     return Batch(
         batch.images[picked],
         targets,

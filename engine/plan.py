@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.dataset import STRIDE
 from data.structures import Fault
 from engine.config import TrainConfig
 from engine.distributed import World
 from engine.optim import LEARNING_RATES, NOMINAL_BATCH, SHORT_RUN, choose_optimizer, lr_factor, warmup_length
+from models.network import Network
 
 LARGE_SET = 2_000  # training images; smaller sets step after every batch
 EVALUATIONS = 10  # of a short run, at most
@@ -46,6 +49,26 @@ def check_rectangles(config: TrainConfig, stride: int) -> None:
     """Raises a Fault where rectangles would not fit the network's grid of cells."""
     if config.rect and STRIDE % stride:
         raise Fault(f"--rect: sides of rectangles are multiples of {STRIDE}, this network needs {stride}")
+
+
+def check_single(network: Network, imgsz: int, lists: Sequence[Sequence[int]]) -> None:
+    """Raises a Fault where a batch of one image would meet a norm that sees one cell of it: a single value has no
+    variance. `lists` are the images of each batch of training.
+    """
+    if min(map(len, lists)) > 1:
+        return
+    coarse = [network.layers[node.index] for node in network.graph.nodes if node.output.stride == imgsz]
+    if any(isinstance(module, _BatchNorm) for layer in coarse for module in layer.modules()):
+        images = sum(map(len, lists))
+        left = (
+            f"{images} images in batches of {len(lists[0])} leave one alone"
+            if len(lists[0]) > 1
+            else "a batch is one image"
+        )
+        raise Fault(
+            f"--batch-size {len(lists[0])}: {left}, and at --imgsz {imgsz} the coarsest map of it has one cell, from "
+            f"which no norm can learn; another batch size, or --imgsz {2 * imgsz}, would be right"
+        )
 
 
 # ---- steps

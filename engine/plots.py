@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from data.augment import fit_mask
+from data.check import pixels_of
 from data.images import image_size, read_image
-from data.structures import Detections, Sample
-from engine.draw import FONT, class_color, draw_box, write_image
+from data.masks import read_mask
+from data.structures import VOID, Detections, Sample
+from engine.draw import FONT, class_color, draw_box, painted, write_image
 from engine.runs import atomically
 from engine.voc import CONFIDENCES, Curve, best_f1, curves, mean_of, overlap
 
@@ -74,6 +77,34 @@ def draw_classification(
         write_image(folder / "worst.jpg", _worst_classes(places, samples, scores_NC, names))
     else:
         (folder / "worst.jpg").unlink(missing_ok=True)
+
+
+def draw_segmentation(
+    folder: str | Path,
+    samples: Sequence[Sample],
+    confusions_NKK: np.ndarray,
+    maps: Mapping[int, np.ndarray],
+    names: Sequence[str],
+) -> None:
+    """``confusion_matrix.png`` of all pixels and ``worst.jpg``, in a folder that exists.
+
+    `confusions_NKK` count the pixels of each image by the class found and the true one; `maps` are the classes
+    ``[H, W]`` found in the images to be shown, by their places. Without one there is no ``worst.jpg``.
+    """
+    folder, total_KK = Path(folder), confusions_NKK.sum(axis=0)
+    title = f"{len(samples)} images, pixel accuracy {total_KK.trace() / max(1, total_KK.sum()):.3f}"
+    _draw_confusion(folder / "confusion_matrix.png", total_KK, names, title, shares_only=True)
+    if maps:
+        write_image(folder / "worst.jpg", _worst_maps(samples, confusions_NKK, maps, names))
+    else:
+        (folder / "worst.jpg").unlink(missing_ok=True)
+
+
+def draw_pixels(path: str | Path, samples: Sequence[Sample], names: Sequence[str]) -> None:
+    """How many pixels are of each class."""
+    figure = _figure(max(8.0, 0.16 * len(names)), 5.0)
+    _draw_counts(figure.subplots(), pixels_of(samples, len(names)), names, "pixels")
+    _save(figure, Path(path))
 
 
 def draw_classes(path: str | Path, samples: Sequence[Sample], names: Sequence[str]) -> None:
@@ -179,6 +210,14 @@ def least_likely(truths_N: np.ndarray, scores_NC: np.ndarray, count: int) -> lis
     wrong = np.flatnonzero(scores_NC.argmax(axis=1) != truths_N)
     order = np.argsort(scores_NC[wrong, truths_N[wrong]], kind="stable")
     return [int(place) for place in wrong[order][:count]]
+
+
+def most_wrong(confusions_NKK: np.ndarray, count: int) -> list[int]:
+    """Places of the images with the largest shares of wrong pixels, the worst first."""
+    pixels_N = confusions_NKK.sum(axis=(1, 2))
+    wrong_N = 1 - confusions_NKK.trace(axis1=1, axis2=2) / np.maximum(pixels_N, 1)
+    wrong_N[pixels_N == 0] = 0
+    return [int(place) for place in np.argsort(-wrong_N, kind="stable")[:count] if wrong_N[place]]
 
 
 @dataclass(frozen=True)
@@ -304,8 +343,13 @@ def _draw_f1(path: Path, found: Sequence[Curve], names: Sequence[str]) -> None:
     _draw_lines(path, CONFIDENCES, rows, shown, mean, title, ("confidence", "F1 at IoU .5"), mark)
 
 
-def _draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str], title: str) -> None:
-    """Colours are shares of the column: of all that is of a class, how much was taken for what."""
+def _draw_confusion(
+    path: Path, matrix: np.ndarray, names: Sequence[str], title: str, *, shares_only: bool = False
+) -> None:
+    """Colours are shares of the column: of all that is of a class, how much was taken for what.
+
+    The cells hold counts, or with `shares_only` the shares in percent, without those that round to 0.
+    """
     count = len(matrix)
     side = min(30.0, max(5.0, 2.0 + 0.24 * count if count > NUMBER_CLASSES else 2.5 + 0.45 * count))
     shares = matrix / np.maximum(matrix.sum(axis=0), 1)
@@ -324,8 +368,12 @@ def _draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str], title:
     if count <= NUMBER_CLASSES + 1:
         for row, column in np.argwhere(matrix):
             ink = "white" if shares[row, column] > 0.55 else "black"
-            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=ink)
-    figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the column")
+            share = round(100 * shares[row, column])
+            text = str(matrix[row, column]) if not shares_only else str(share) if share else ""
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the column")
+    if shares_only:
+        bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     _save(figure, path)
 
 
@@ -429,6 +477,37 @@ def _classed(truth: Sample, scores_C: np.ndarray, names: Sequence[str]) -> np.nd
     _write(cell, f"{shown_name(truth.path.name, 20)} is {own}", 4)
     _write(cell, f"found: {found}" + (f", {next_}" if second != label else ""), 4, line=1)
     return cell
+
+
+def _worst_maps(
+    samples: Sequence[Sample], confusions_NKK: np.ndarray, maps: Mapping[int, np.ndarray], names: Sequence[str]
+) -> np.ndarray:
+    """Two images a row, with its mask to the left, what was found in the middle, and what is wrong to the right."""
+    strips = [_mapped(samples[at], confusions_NKK[at], found, names) for at, found in maps.items()]
+    if len(strips) % 2 and len(strips) > 1:
+        strips.append(np.full_like(strips[0], 255))
+    return np.concatenate([np.concatenate(strips[at : at + 2], axis=1) for at in range(0, len(strips), 2)])
+
+
+def _mapped(truth: Sample, confusion_KK: np.ndarray, found: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    assert truth.mask is not None
+    image, _ = _in_cell(truth.path)
+    wanted, found = (fit_mask(mask, image.shape[1::-1]) for mask in (read_mask(truth.mask), found))
+    wrong = (found != wanted) & (wanted != VOID)
+    grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+    marked = np.where(wrong[..., None], np.array(MISSED, np.uint8), np.uint8(255))
+    pictures = (painted(image, wanted, names), painted(image, found, names), cv2.addWeighted(grey, 0.5, marked, 0.5, 0))
+    strip = np.full((CELL_HEIGHT + CAPTION, 3 * CELL_WIDTH, 3), 255, np.uint8)
+    for place, picture in enumerate(pictures):
+        _put(strip, picture, place * CELL_WIDTH, CAPTION)
+    mistakes = confusion_KK * (1 - np.eye(len(names), dtype=np.int64))
+    row, column = divmod(int(mistakes.argmax()), len(names))
+    share = mistakes.sum() / max(1, confusion_KK.sum())
+    most = f"most: {shown_name(names[column], 16)} as {shown_name(names[row], 16)}"
+    _write(strip, f"{shown_name(truth.path.name, 30)}: what it is", 4)
+    _write(strip, "found", CELL_WIDTH + 4)
+    _write(strip, f"{share:.0%} wrong, {most}", 2 * CELL_WIDTH + 4)
+    return strip
 
 
 def _in_cell(path: Path) -> tuple[np.ndarray, float]:

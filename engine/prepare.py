@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.augment import Augment, letterbox_of
-from data.config import DataSpec, read_data_spec
+from data.config import BOXES, DataSpec, read_data_spec
 from data.images import image_size
 from data.readers import Split, read_split
 from data.structures import Fault, Sample, nearest
@@ -27,6 +27,7 @@ from models.distill import check_teacher
 from models.graph import load_graph, resolve
 from models.heads.ssd import MOST_MEASURED, SSDHead
 from models.network import Network, build_plain
+from models.registry import OPS
 from models.spec import ModelSpec
 
 Say = Callable[[str], None]
@@ -45,8 +46,9 @@ def read_data(config: TrainConfig) -> tuple[DataSpec, Split, Split]:
         raise Fault("--data is missing: the YAML of a data set, such as cfg/data/shapes.yaml, would be right")
     data = read_data_spec(config.data)
     train_split, val_split = read_labelled(data, "train"), read_labelled(data, "val")
-    if config.single_cls and data.format == "folders":
-        raise Fault(f"--single-cls: {data.path} has nothing but the classes of whole images; leave it out")
+    if config.single_cls and data.format not in BOXES:
+        what = "whole images" if data.format == "folders" else "pixels"
+        raise Fault(f"--single-cls: {data.path} has nothing but the classes of {what}; leave it out")
     if config.single_cls and len(data.names) > 1:
         data = replace(data, names=ONE_CLASS)
         train_split, val_split = (
@@ -59,7 +61,8 @@ def read_labelled(data: DataSpec, split: str) -> Split:
     """The split; a Fault where it has no image or no box, which nothing can be learned or measured on."""
     found = read_split(data, split)
     if not any(len(sample.labels) for sample in found.samples):
-        raise Fault(f"{data.path}: {split} has {len(found.samples)} images and no box in them")
+        what = "no box" if data.format in BOXES else "no pixel of a class"
+        raise Fault(f"{data.path}: {split} has {len(found.samples)} images and {what} in them")
     return found
 
 
@@ -142,7 +145,9 @@ def anchored(spec: ModelSpec, samples: Sequence[Sample], config: RunConfig, say:
     reach = {} if config.anchor_t is None else {"largest_ratio": config.anchor_t}
     own = spec.anchors
     if isinstance(own, int):
-        levels, per_level, before = len(spec.layers[-1].sources), own, None
+        head = spec.layers[-1]
+        levels = len(head.sources) // getattr(OPS[head.op].module, "sets", 1)  # it may read a level more than once
+        per_level, before = own, None
     else:
         levels, per_level = len(own), len(own[0]) // 2
         before = best_possible_recall(sizes, own, **reach)

@@ -22,20 +22,22 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data.structures import Detections, Fault, Ranking
+from data.structures import Detections, Fault, LabelMap, Ranking
 from engine.classify import ranked_rows, ranking_lines
-from engine.draw import draw_detections, draw_ranking, write_image
+from engine.draw import draw_detections, draw_label_map, draw_ranking, write_image
 from engine.evaluate import label_lines
-from engine.runs import atomically
+from engine.runs import atomically, table
+from engine.segment import label_png
 from engine.sources import End, Frame, Source, container, write_video
 
 LABELS, CROPS, TABLE, DOCUMENT = "labels", "crops", "predictions.csv", "predictions.json"
 COLUMNS = ("image", "frame", "class", "label", "score", "x1", "y1", "x2", "y2")
+AREA_COLUMNS = ("image", "frame", "class", "label", "pixels", "share")
 RANKED_COLUMNS = ("image", "frame", "rank", "class", "label", "score")
 FORMULA = tuple("=+-@\t\r\n")  # what a spreadsheet takes for the start of a formula, or skips before one
 LONGEST = 80  # letters of a class in a folder's name
 
-Found = Any  # in a picture: `Detections`, or the `Ranking` of a classifier
+Found = Any  # in a picture: `Detections`, the `Ranking` of a classifier, or the `LabelMap` of a segmenter
 Write = Callable[[Frame | End, Found], None]
 
 
@@ -61,17 +63,23 @@ class Form:
     """How what was found in a picture is written down and drawn; one a task.
 
     Attributes:
-        lines: the text of ``labels/*.txt``, of what was found in a picture and with or without scores.
+        suffix: what the files in ``labels`` end in.
+        label_file: the content of one, of what was found in a picture and with or without scores.
         columns: the names of what `csv_rows` gives.
         json_row: an entry of predictions.json.
         draw: a copy of a picture with what was found in it.
+        counted: the classes in a picture for the table of all pictures, each with a number.
+        heading: of that table: the class, how many there are, and the mean of their numbers.
     """
 
-    lines: Callable[[Frame, Found, bool], str]
+    suffix: str
+    label_file: Callable[[Frame, Found, bool], bytes]
     columns: tuple[str, ...]
     csv_rows: Callable[[Frame, Found, Sequence[str]], list[tuple[Any, ...]]]
     json_row: Callable[[Frame, Found, Sequence[str]], dict[str, Any]]
     draw: Callable[..., np.ndarray]
+    counted: Callable[[Found], list[tuple[int, float]]]
+    heading: tuple[str, str, str]
 
 
 @contextmanager
@@ -134,9 +142,9 @@ def write_results(
                 return
             assert found is not None
             if wanted.txt:  # a file for every picture: an empty one says that nothing was found
-                path = folder / LABELS / f"{item.name}.txt"
+                path = folder / LABELS / f"{item.name}{form.suffix}"
                 with naming(path), atomically(path) as temporary:
-                    temporary.write_text(form.lines(item, found, wanted.conf))
+                    temporary.write_bytes(form.label_file(item, found, wanted.conf))
             if write_csv:
                 write_csv(_csv(form.csv_rows(item, found, names)))
             if write_json:
@@ -249,6 +257,29 @@ def ranked_csv_rows(frame: Frame, found: Ranking, names: Sequence[str]) -> list[
     return [(*_place(frame), rank, cell(names[label]), label, f"{score:.6f}") for rank, (label, score) in ranks]
 
 
+def area_rows(found: LabelMap) -> list[tuple[int, int, float]]:
+    """The number, the pixels and the share of the picture of each class in it, the largest first."""
+    pixels = np.bincount(found.labels.numpy().reshape(-1))
+    order = np.argsort(-pixels, kind="stable")
+    return [(int(label), int(pixels[label]), float(pixels[label] / pixels.sum())) for label in order if pixels[label]]
+
+
+def area_csv_rows(frame: Frame, found: LabelMap, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """A row of `AREA_COLUMNS` a class."""
+    return [
+        (*_place(frame), cell(names[label]), label, pixels, f"{share:.6f}") for label, pixels, share in area_rows(found)
+    ]
+
+
+def area_json_row(frame: Frame, found: LabelMap, names: Sequence[str]) -> dict[str, Any]:
+    """A picture and the classes of its pixels, the largest first."""
+    classes = [
+        {"class": names[label], "label": label, "pixels": pixels, "share": round(share, 6)}
+        for label, pixels, share in area_rows(found)
+    ]
+    return {**_about(frame), "classes": classes}
+
+
 def _place(frame: Frame) -> tuple[str, int | str]:
     """Which picture it is: the file's name, and the number of a video's frame."""
     return cell(Path(frame.source.shown).name or frame.source.shown), frame.number or ""
@@ -303,20 +334,47 @@ def folder_name(name: str, label: int) -> str:
     return safe if safe and safe == name else f"{label}_{safe}".rstrip("_")
 
 
+def pairs(found: Detections | Ranking) -> list[tuple[int, float]]:
+    """Label and score of each, best first."""
+    return list(zip(found.labels.tolist(), found.scores.tolist(), strict=True))
+
+
+def found_table(form: Form, numbers_by_label: dict[int, list[float]], names: Sequence[str]) -> str:
+    """A row a class: how many of it were found, and the mean of their numbers."""
+    rows = [(names[label], len(found), sum(found) / len(found)) for label, found in sorted(numbers_by_label.items())]
+    return table(rows, form.heading) if rows else "nothing found"
+
+
 FORMS = {  # by task
     "detect": Form(
-        lambda frame, found, scores: label_lines(found, frame.image.shape[1::-1], scores=scores),
+        ".txt",
+        lambda frame, found, scores: label_lines(found, frame.image.shape[1::-1], scores=scores).encode(),
         COLUMNS,
         csv_rows,
         json_row,
         lambda *picture, **looks: draw_detections(*picture, **looks),
+        pairs,
+        ("class", "count", "mean score"),
     ),
     "classify": Form(
-        lambda frame, found, scores: ranking_lines(found, scores=scores),
+        ".txt",
+        lambda frame, found, scores: ranking_lines(found, scores=scores).encode(),
         RANKED_COLUMNS,
         ranked_csv_rows,
         ranked_json_row,
         draw_ranking,
+        lambda found: pairs(found)[:1],
+        ("class", "count", "mean score"),
+    ),
+    "segment": Form(
+        ".png",
+        lambda frame, found, scores: label_png(found),
+        AREA_COLUMNS,
+        area_csv_rows,
+        area_json_row,
+        draw_label_map,
+        lambda found: [(label, share) for label, _, share in area_rows(found)],
+        ("class", "images", "mean share"),
     ),
 }
 

@@ -69,8 +69,8 @@ def add_gradients(
     if imgsz is not None:
         images, targets = scaled(images, targets, imgsz, network.max_stride)
     with autocast(device, mover.amp):
-        outputs, _ = network(images)
-    loss, parts = network.loss_from(outputs, targets)
+        outputs, aux = network(images)
+    loss, parts = network.loss_from(outputs, targets, aux)
     if mover.teacher is not None:
         distance = distance_to_teacher(mover, images, outputs)
         loss, parts = loss + distance, {**parts, "distill": distance.detach()}
@@ -140,4 +140,7 @@ def scaled(images: Tensor, targets: Targets, imgsz: int, stride: int) -> tuple[T
         return images, targets
     images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
     factors = torch.tensor([size[1] / width, size[0] / height] * 2, device=targets.boxes.device)
-    return images, replace(targets, boxes=targets.boxes * factors)
+    masks = targets.masks
+    if masks is not None:
+        masks = F.interpolate(masks[:, None].float(), size=size, mode="nearest-exact")[:, 0].to(masks.dtype)
+    return images, replace(targets, boxes=targets.boxes * factors, masks=masks)

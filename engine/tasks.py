@@ -21,7 +21,17 @@ from engine.classify import ClassMetrics, evaluate_classes, scores_of, validate_
 from engine.config import RunConfig, option_name
 from engine.evaluate import Asked, Metrics, detections_of, validate_detector
 from engine.evaluate import evaluate as evaluate_detector
-from engine.plots import draw_classes, draw_classification, draw_evaluation, draw_labels
+from engine.plots import (
+    WORST_IMAGES,
+    draw_classes,
+    draw_classification,
+    draw_evaluation,
+    draw_labels,
+    draw_pixels,
+    draw_segmentation,
+    most_wrong,
+)
+from engine.segment import SegMetrics, confusions_of, evaluate_pixels, found_again, validate_segmenter
 from models.network import Network
 from models.registry import OPS
 from models.spec import ModelSpec
@@ -39,9 +49,11 @@ class Task:
         formats: of the data sets that it learns from.
         crops: whether an input is a crop of an image, or the whole image with grey around it.
         neutral: options of training that mean nothing to it, each with the value that says so.
-        foreign: options of val.py and detect.py that mean nothing to it.
+        usual: options of training whose default is another for it.
+        foreign: options of val.py, detect.py and export.py that mean nothing to it.
         metrics: what `evaluate` gives: a dataclass of plain values with a `fitness`, a `table` and a `summary`.
-        columns: those of its numbers that stand in results.csv.
+        columns: those of its numbers that stand in results.csv; a search compares by the first.
+        titles: what the columns are called in tables and on pages.
         curves: those of them that are drawn.
         best_by: what `fitness` is called.
         evaluate: measures a network over a set.
@@ -56,9 +68,11 @@ class Task:
     formats: tuple[str, ...]
     crops: bool
     neutral: Mapping[str, Any]
+    usual: Mapping[str, Any]
     foreign: tuple[str, ...]
     metrics: type
     columns: tuple[str, ...]
+    titles: tuple[str, ...]
     curves: tuple[str, ...]
     best_by: str
     evaluate: Callable[..., Any]
@@ -95,6 +109,19 @@ def draw_classifier(folder: Path, network: Network, images: ImageSet, names: Seq
     draw_classification(folder, images.samples, scores, names)
 
 
+# ---- segmentation
+
+
+def classes_of_segmenter(metrics: SegMetrics) -> dict[str, float]:
+    return {f"iou of {name}": iou for name, _, iou, *_ in metrics.per_class}
+
+
+def draw_segmenter(folder: Path, network: Network, images: ImageSet, names: Sequence[str], **options: Any) -> None:
+    confusions, _ = confusions_of(network, images, **options)
+    maps = found_again(network, images, most_wrong(confusions, WORST_IMAGES), options.get("device", "cpu"))
+    draw_segmentation(folder, images.samples, confusions, maps, names)
+
+
 # ---- the table
 
 DETECT = Task(
@@ -103,9 +130,11 @@ DETECT = Task(
     formats=BOXES,
     crops=False,
     neutral={},
+    usual={},
     foreign=(),
     metrics=Metrics,
     columns=("ap", "ap50", "ap75", "ar100"),
+    titles=("AP", "AP50", "AP75", "AR100"),
     curves=("ap", "ap50", "ar100"),
     best_by="AP",
     evaluate=evaluate_detector,
@@ -120,12 +149,14 @@ CLASSIFY = Task(
     formats=("folders",),
     crops=True,
     neutral={"mosaic": 0.0, "copy_small": 0.0, "translate": 0.0, "rect": False, "single_cls": False},
+    usual={},
     foreign=(
-        *("conf_thres", "iou_thres", "max_det", "agnostic_nms", "single_cls", "rect", "letterbox"),
+        *("conf_thres", "iou_thres", "max_det", "nms", "agnostic_nms", "single_cls", "rect", "letterbox"),
         *("square", "classes", "save_crop"),
     ),
     metrics=ClassMetrics,
     columns=("top1", "top5", "mean_top1"),
+    titles=("top-1", "top-5", "mean of the classes' top-1"),
     curves=("top1", "top5", "mean_top1"),
     best_by="top-1",
     evaluate=evaluate_classes,
@@ -134,7 +165,29 @@ CLASSIFY = Task(
     draw_best=draw_classifier,
     validate=validate_classifier,
 )
-TASKS = {task.name: task for task in (DETECT, CLASSIFY)}
+SEGMENT = Task(
+    name="segment",
+    network="a segmenter",
+    formats=("masks",),
+    crops=False,
+    neutral={"mixup": 0.0, "copy_small": 0.0, "single_cls": False},
+    usual={"mosaic": 0.0},
+    foreign=(
+        *("conf_thres", "iou_thres", "max_det", "nms", "agnostic_nms", "single_cls", "letterbox", "save_conf"),
+        *("classes", "save_crop", "hide_conf"),
+    ),
+    metrics=SegMetrics,
+    columns=("miou", "pixel_accuracy", "mean_recall"),
+    titles=("mIoU", "pixel accuracy", "mean recall"),
+    curves=("miou", "pixel_accuracy", "mean_recall"),
+    best_by="mIoU",
+    evaluate=evaluate_pixels,
+    per_class=classes_of_segmenter,
+    draw_data=draw_pixels,
+    draw_best=draw_segmenter,
+    validate=validate_segmenter,
+)
+TASKS = {task.name: task for task in (DETECT, CLASSIFY, SEGMENT)}
 
 
 def task_of(spec: ModelSpec) -> Task:
@@ -169,11 +222,13 @@ def check_options(task: Task, config: Config) -> Config:
     """The config of a new run, without what means nothing to its task. Raises a Fault where that was asked for."""
     asked = [name for name in task.neutral if name in config.model_fields_set]
     refuse(task, {name: getattr(config, name) for name in asked if getattr(config, name) != task.neutral[name]})
-    return config.model_copy(update=dict(task.neutral)) if task.neutral else config
+    usual = {name: value for name, value in task.usual.items() if name not in config.model_fields_set}
+    update = {name: value for name, value in {**usual, **task.neutral}.items() if name in type(config).model_fields}
+    return config.model_copy(update=update) if update else config
 
 
 def check_given(task: Task, options: Namespace, parser: ArgumentParser) -> None:
-    """Raises a Fault for options of val.py or detect.py that mean nothing to a task."""
+    """Raises a Fault for options of val.py, detect.py or export.py that mean nothing to a task."""
     given = {name: getattr(options, name, None) for name in task.foreign}
     refuse(task, {name: value for name, value in given.items() if value != parser.get_default(name)})
 

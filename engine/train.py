@@ -9,7 +9,7 @@ the first one writes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.dataset import ImageSet
 from data.loader import Batches, batches
-from data.structures import Fault
+from data.structures import Fault, Sample
 from engine.calibrate import calibrate_by
 from engine.config import (
     MOVABLE,
@@ -48,7 +48,16 @@ from engine.doors import door, option_parser, parse_options
 from engine.evaluate import Metrics, calibration_images, check_imgsz, check_names
 from engine.measure import amp_of, choose_amp, find_batch_size
 from engine.optim import NOMINAL_BATCH, averaged, lr_factor, make_optimizer, set_rates
-from engine.plan import Plan, agreed, check_processes, check_rectangles, evaluation_interval, extended, make_plan
+from engine.plan import (
+    Plan,
+    agreed,
+    check_processes,
+    check_rectangles,
+    check_single,
+    evaluation_interval,
+    extended,
+    make_plan,
+)
 from engine.prepare import (
     augmentation,
     closing_epochs,
@@ -65,7 +74,8 @@ from engine.record import draw_beginning, draw_end, open_dashboard, write_dashbo
 from engine.runs import append_csv, new_run, read_csv, remove_leftovers, write_csv, write_text
 from engine.step import CHECKED_STEPS, Moment, Mover, add_gradients, drawn_size, move_weights
 from engine.tasks import Task, check_data, check_options, evaluate, task_of
-from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, warm_start
+from engine.unfold import with_statistics
+from models.checkpoint import Checkpoint, aligned, load_checkpoint, save_checkpoint, warm_start
 from models.network import Network, build
 from models.parse import dump
 
@@ -80,7 +90,8 @@ PATIENCE = 100  # epochs without a better AP, where --patience names none
 class TrainResult:
     """A finished run: its folder, its checkpoints, and what `best` measured on the validation split.
 
-    The metrics are those of the network's task: `Metrics` of a detector, `ClassMetrics` of a classifier.
+    The metrics are those of the network's task: `Metrics` of a detector, `ClassMetrics` of a classifier, `SegMetrics`
+    of a segmenter.
     """
 
     folder: Path
@@ -121,6 +132,9 @@ def train(
         check_imgsz(config.imgsz, network.max_stride)
         check_rectangles(config, network.max_stride)
         if origin:
+            origin, line = with_statistics(origin, lambda: first_images(train_split.samples, config, task))
+            if line:
+                say(line)
             say(warm_start_line(network, origin))
         set_loss(network, config)
         frozen = freeze(network, config.freeze)
@@ -150,6 +164,7 @@ def train(
         share = partial(
             batches, images, batch_size, seed=config.seed, shuffle=True, rank=world.rank, world_size=world.size
         )
+        check_single(network, config.imgsz, share(epoch=1).lists)
         state = resumed.training if resumed else None
         plan = make_plan(config, len(images), batch_size, len(share(epoch=1)), state)
         say(str(plan))
@@ -224,6 +239,8 @@ def train(
             torch.manual_seed(config.seed + epoch)  # what a dropout draws
             train_mode(network, frozen)
             images.set_augment(augment if epoch < calm_from else calm)
+            if hasattr(network.head, "calm"):
+                network.head.calm = epoch >= calm_from
             loader = share(epoch=epoch, workers=config.workers)
             means, lr_now, step = train_epoch(mover, loader, plan, config, epoch, progress)
 
@@ -352,9 +369,15 @@ class Best:
         return Best(state["fitness"], state["epoch"], metrics and kind(**metrics))
 
 
+def first_images(samples: Sequence[Sample], config: TrainConfig, task: Task) -> Iterator[Tensor]:
+    """Images as the first epoch sees them, ``[N, 3, H, W]``, for norms without statistics."""
+    images = ImageSet(samples, config.imgsz, None, config.seed, config.cache, config.rect, task.crops)
+    return calibration_images(images, CALIBRATION_IMAGES, config.seed, "cpu", augmentation(config))
+
+
 def warm_start_line(network: Network, origin: Checkpoint) -> str:
     """Takes from a checkpoint what fits, and says what did not."""
-    loaded, missing = warm_start(network, origin.state)
+    loaded, missing = warm_start(network, aligned(origin.state, network))
     without = f", missing: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}" if missing else ""
     return f"{origin.path}: {len(loaded)} of {len(loaded) + len(missing)} tensors loaded{without}"
 
@@ -449,7 +472,7 @@ def epoch_line(row: Mapping[str, Any], epochs: int, heading: bool) -> str:
 @door
 def main(argv: Sequence[str] | None = None) -> int:
     parser = option_parser(
-        "Trains a detector or a classifier from its YAML, or from a checkpoint, on a labelled data set."
+        "Trains a detector, a classifier or a segmenter from its YAML, or from a checkpoint, on a labelled data set."
     )
     add_options(parser)
     parser.add_argument("--hyp", metavar="PATH", help="YAML of options; those on the command line win over it")

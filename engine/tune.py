@@ -26,12 +26,12 @@ from tqdm import tqdm
 from data.config import read_data_spec
 from data.structures import Fault
 from engine.config import MOVABLE, TrainConfig, checked, option_name, read_options, save_config
-from engine.evaluate import Metrics
 from engine.prepare import read_data
 from engine.runs import atomically, new_run, table, write_csv, write_text
+from engine.tasks import DETECT, TASKS, Task, check_options
 from engine.train import TrainResult, agreed, fitness, make_plan, train
 
-Train = Callable[[TrainConfig, bool, Callable[[int, Metrics], None]], TrainResult]
+Train = Callable[[TrainConfig, bool, Callable[[int, Any], None]], TrainResult]
 Settings = Mapping[str, float]
 
 
@@ -117,7 +117,7 @@ def tune(config: TrainConfig, trials: int, progress: bool = True, run: Train = t
             write_csv(folder / "tune.csv", rows(study))
             if not config.noplots:
                 draw(folder / "tune.png", study, ranges, own)
-            say(trial_line(finished(study)[-1], number, trials))
+            say(trial_line(task_of_study(study), finished(study)[-1], number, trials))
     except KeyboardInterrupt:
         again = f"python train.py --tune {trials} --resume {folder}"
         raise KeyboardInterrupt(f"stopped; goes on with: {again}") from None
@@ -153,9 +153,7 @@ def begin(config: TrainConfig) -> tuple[TrainConfig, Path]:
         raise Fault("--tune: a trial is a training in one process; start it without torchrun")
     if config.batch_size == -1:
         raise Fault("--batch-size -1: every trial would find its own; give a number with --tune")
-    if config.data and read_data_spec(config.data).format == "folders":
-        raise Fault(f"--tune: tries settings of detectors, and {config.data} is for a classifier")
-    config = agreed(config)
+    config = check_options(task_of_data(config), agreed(config))
     if config.optimizer == "auto" or config.lr0 is None:
         images = len(read_data(config)[1].samples)
         batch_size = min(config.batch_size, images)
@@ -168,6 +166,12 @@ def begin(config: TrainConfig) -> tuple[TrainConfig, Path]:
     folder = new_run(project, config.name, config.exist_ok)
     save_config(folder / "config.yaml", config)
     return config, folder
+
+
+def task_of_data(config: TrainConfig) -> Task:
+    """The task that a data set is for; without one detection."""
+    form = read_data_spec(config.data).format if config.data else DETECT.formats[0]
+    return next(task for task in TASKS.values() if form in task.formats)
 
 
 def reopen_tuning(config: TrainConfig) -> tuple[TrainConfig, Path]:
@@ -205,7 +209,9 @@ def open_study(folder: Path, config: TrainConfig) -> Any:
         study_name="tune", storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
     )
     if "ranges" not in study.user_attrs:  # kept, since the program may change while a search rests
-        ranges = [r.around(getattr(config, r.name)) for r in RANGES if is_searched(r.name, config)]
+        task = task_of_data(config)
+        ranges = [r.around(getattr(config, r.name)) for r in RANGES if is_searched(r.name, task, config)]
+        study.set_user_attr("task", task.name)
         study.set_user_attr("own", {r.name: float(getattr(config, r.name)) for r in ranges})
         study.set_user_attr("ranges", [[r.name, r.low, r.high, r.log] for r in ranges])
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
@@ -213,10 +219,18 @@ def open_study(folder: Path, config: TrainConfig) -> Any:
     return study
 
 
-def is_searched(name: str, config: TrainConfig) -> bool:
-    """All of `RANGES`, but for a flip that the user has set to 0, since with some objects a mirror image shows another
-    one (letters, left and right), and for mosaics where rectangles leave no room for them.
+def task_of_study(study: Any) -> Task:
+    """What the networks of a search are for; a journal of before classifiers were tuned does not say it."""
+    return TASKS[study.user_attrs.get("task", DETECT.name)]
+
+
+def is_searched(name: str, task: Task, config: TrainConfig) -> bool:
+    """All of `RANGES`, but for what means nothing to the task, for a flip that the user has set to 0, since with some
+    objects a mirror image shows another one (letters, left and right), and for mosaics where rectangles leave no room
+    for them.
     """
+    if name in task.neutral:
+        return False
     if name in ("fliplr", "flipud"):
         return not (name in config.model_fields_set and getattr(config, name) == 0)
     return not (name == "mosaic" and config.rect)
@@ -250,15 +264,18 @@ def make_trial(study: Any, trial: Any, config: TrainConfig, run: Train, bar: Any
 
     seen, started = bar.n, time.perf_counter()
 
-    def on_epoch(epoch: int, metrics: Metrics) -> None:
+    task = task_of_study(study)
+
+    def on_epoch(epoch: int, metrics: Any) -> None:
         bar.update(seen + epoch - bar.n)
         trial.report(fitness(metrics), epoch)
         remember(metrics, epochs=epoch)
         if epoch < config.epochs and trial.should_prune():
             raise TrialPruned
 
-    def remember(metrics: Metrics, **others: Any) -> None:
-        facts = {"ap": metrics.ap, "ap50": metrics.ap50, "seconds": time.perf_counter() - started, **others}
+    def remember(metrics: Any, **others: Any) -> None:
+        scores = {name: getattr(metrics, name) for name in task.columns[:2]}
+        facts = {**scores, "seconds": time.perf_counter() - started, **others}
         for name, value in facts.items():
             trial.set_user_attr(name, value)
 
@@ -279,7 +296,7 @@ def make_trial(study: Any, trial: Any, config: TrainConfig, run: Train, bar: Any
         if math.isfinite(fitness(metrics)):
             study.tell(trial, fitness(metrics))
             return
-        problem = f"AP is {metrics.ap}"
+        problem = f"{task.titles[0]} is {getattr(metrics, task.columns[0])}"
     trial.set_user_attr("problem", problem)
     study.tell(trial, state=TrialState.FAIL)
 
@@ -315,23 +332,30 @@ def keep_best_weights(folder: Path, study: Any) -> None:
 
 def rows(study: Any) -> list[dict[str, Any]]:
     """A row a trial: how it went, then what it tried. Of one that ended early, the numbers of its last evaluation."""
-    found = []
+    found, task = [], task_of_study(study)
     for number, trial in enumerate(finished(study)):
-        facts = {name: trial.user_attrs.get(name) for name in ("ap", "ap50", "epochs", "seconds")}
+        facts = {name: trial.user_attrs.get(name) for name in (*task.columns[:2], "epochs", "seconds")}
         score = {"trial": number, "state": STATES[trial.state.name], "fitness": reached(trial), **facts}
         problem = {"problem": trial.user_attrs.get("problem")}
         found.append({**score, **trial.user_attrs["settings"], **problem})
     return found
 
 
-def trial_line(trial: Any, number: int, trials: int) -> str:
+def trial_line(task: Task, trial: Any, number: int, trials: int) -> str:
     facts = trial.user_attrs
+    scores = [f"{title} {value:.4f}" for title, value in scores_of(task, trial).items() if not math.isnan(value)]
     how = {
-        "COMPLETE": lambda: f"fitness {trial.value:.4f}, AP {facts['ap']:.4f}, AP50 {facts['ap50']:.4f}",
-        "PRUNED": lambda: f"ended early, AP {facts['ap']:.4f} after epoch {facts['epochs']}",
+        "COMPLETE": lambda: ", ".join([f"fitness {trial.value:.4f}", *scores]),
+        "PRUNED": lambda: ", ".join(["ended early", *scores[:1]]) + f" after epoch {facts['epochs']}",
         "FAIL": lambda: f"failed: {facts['problem']}",
     }[trial.state.name]()
     return f"trial {number} ({number + 1} of {trials}): {how}"
+
+
+def scores_of(task: Task, trial: Any) -> dict[str, float]:
+    """The first two numbers of its last evaluation, under their titles; none where there was no evaluation."""
+    names = zip(task.titles[:2], task.columns[:2], strict=True)
+    return {title: trial.user_attrs[name] for title, name in names if name in trial.user_attrs}
 
 
 def hyp_text(config: TrainConfig, best: Any, trials: int) -> str:
@@ -348,12 +372,12 @@ def report(folder: Path, study: Any, own: Settings) -> str:
     best, trials = best_trial(study), finished(study)
     counts = {state: sum(t.state.name == name for t in trials) for name, state in STATES.items()}
     first = trials[0]
-    numbers = ("fitness", "AP", "AP50")
-    scores = [
-        (None,) * 3 if reached(trial) is None else (trial.value, trial.user_attrs["ap"], trial.user_attrs["ap50"])
-        for trial in (first, best)
-    ]
-    compared: list[tuple[Any, ...]] = [(name, _text(a), _text(b)) for name, a, b in zip(numbers, *scores, strict=True)]
+    task = task_of_study(study)
+    mine, found = (
+        {} if reached(trial) is None else {"fitness": trial.value, **scores_of(task, trial)} for trial in (first, best)
+    )
+    numbers = [name for name, value in found.items() if not math.isnan(value)]
+    compared: list[tuple[Any, ...]] = [(name, _text(mine.get(name)), _text(found[name])) for name in numbers]
     compared += [(name, _text(own[name]), _text(best.user_attrs["settings"][name])) for name in own]
     lines = [
         f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count),

@@ -6,7 +6,9 @@ python -m models draw cfg/models/yolov4-p5.yaml -o p5.html
 python -m models diff cfg/models/yolov5n.yaml cfg/models/yolov5s.yaml
 python -m models convert yolov5s.yaml --named -o mine.yaml
 python -m models import yolov5n.pth --cfg cfg/models/yolov5n.yaml --names cfg/data/coco256.yaml -o yolov5n.pt
+python -m models import yolox_nano.onnx --cfg cfg/models/yolox-nano.yaml -o yolox-nano.pt --imgsz 416
 python -m models import tf_efficientnet_b0.pth --cfg cfg/models/tf-efficientnet-b0.yaml -o b0.pt --imgsz 224
+python -m models import resnet50-11ad3fa6.pth --cfg cfg/models/resnet50.yaml -o resnet50.pt --imgsz 224
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     reading = argparse.ArgumentParser(add_help=False)
     reading.add_argument("--dialect", metavar="NAME", help="read the file as this dialect; default: recognised")
+    reading.add_argument("--scale", metavar="NAME", help="which of the sizes that a file lists under `scales:`")
     reading.add_argument(
         "--ops", metavar="FILE.py", action="append", default=[], help="your own ops; may be given several times"
     )
@@ -85,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("file")
     one.add_argument("-o", "--output", metavar="OUT.yaml", help="default: print it")
     one.add_argument("--named", action="store_true", help="name every row that others read by its index")
-    one = command("import", "a checkpoint of ours from a state dict of another program", size)
-    one.add_argument("state", metavar="STATE.pth")
+    one = command("import", "a checkpoint of ours from a state dict of another program, or a YOLOX in ONNX", size)
+    one.add_argument("state", metavar="STATE.pth|NET.onnx")
     one.add_argument("--cfg", required=True, metavar="FILE", help="the model file that the weights belong to")
     one.add_argument("-o", "--output", required=True, metavar="OUT.pt")
     one.add_argument("--names", metavar="FILE", help="the classes: a data set's YAML, or a text file, one a line")
@@ -143,7 +146,7 @@ def converted(options: argparse.Namespace) -> int:
     for op in {node.op.name: node.op for node in graph.nodes if node.op.file}.values():
         file = str(op.file).rpartition(":")[0]
         _note(f"{op.name} is an op of {file}, which the converted file does not name; read it with --ops {file}")
-    spec = parse(options.file, options.dialect, options.trust_ops)
+    spec = parse(options.file, options.dialect, options.trust_ops, options.scale)
     comment = convert.heading(Path(options.file).read_text(encoding="utf-8"))
     text = convert.convert(spec, options.named, comment)
     if options.output is None:
@@ -156,11 +159,18 @@ def converted(options: argparse.Namespace) -> int:
 def imported(options: argparse.Namespace) -> int:
     from models.checkpoint import save_checkpoint
     from models.foreign import import_weights
+    from models.onnx_weights import import_onnx
 
     _keep_input(Path(options.output), options.state, options.cfg)
     names = _names(Path(options.names)) if options.names else None
-    spec = parse(options.cfg, options.dialect, options.trust_ops)
-    network, notes = import_weights(Path(options.state), spec, names, options.normalization)
+    spec = parse(options.cfg, options.dialect, options.trust_ops, options.scale)
+    state = Path(options.state)
+    if state.suffix == ".onnx":
+        if options.normalization:
+            raise Fault(f"--normalization {options.normalization}: {state} is an ONNX file, whose input is known")
+        network, notes = import_onnx(state, spec, names)
+    else:
+        network, notes = import_weights(state, spec, names, options.normalization)
     for note in (*network.graph.notes, *notes):
         _note(note)
     if names is None:
@@ -186,7 +196,7 @@ COMMANDS = {
 
 
 def _graph(file: str, options: argparse.Namespace) -> Graph:
-    graph = load_graph(file, options.dialect, options.trust_ops)
+    graph = load_graph(file, options.dialect, options.trust_ops, options.scale)
     for note in graph.notes:
         _note(note)
     return graph

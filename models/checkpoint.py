@@ -5,6 +5,7 @@ A file loads with ``weights_only=True`` and survives any rename of our classes, 
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -119,6 +120,40 @@ def restore(checkpoint: Checkpoint) -> Network:
         raise Fault(f"{checkpoint.path}: {len(wrong)} of its tensors do not fit its YAML, such as {sorted(wrong)[0]!r}")
     network.load_state_dict(checkpoint.state)
     return network.eval()
+
+
+def aligned(state: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    """`state` under the row numbers of `network`, where that has more or fewer rows with weights.
+
+    Rows are taken for each other in their order where their tensors have the same names and shapes: a row that was put
+    in shifts all behind it, and those of a `SelStage` are a `ResStage`'s. A row without a partner keeps its number
+    where that is free, for a part of it may fit.
+    """
+    theirs, ours = _rows(state), _rows(network.state_dict())
+    if len(theirs) == len(ours):
+        return state
+    from_, to = list(theirs), list(ours)
+    alike = difflib.SequenceMatcher(None, list(theirs.values()), list(ours.values()), autojunk=False)
+    place = {
+        from_[match.a + step]: to[match.b + step] for match in alike.get_matching_blocks() for step in range(match.size)
+    }
+    taken = set(place.values())
+    place |= {row: row for row in theirs if row not in place and row not in taken}
+    moved = {}
+    for name, tensor in state.items():
+        _, row, rest = name.split(".", 2)
+        if int(row) in place:
+            moved[f"layers.{place[int(row)]}.{rest}"] = tensor
+    return moved
+
+
+def _rows(state: Mapping[str, Tensor]) -> dict[int, tuple[tuple[str, torch.Size], ...]]:
+    """The names and shapes of the tensors of every row that has some, in the order of the rows."""
+    found: dict[int, list[tuple[str, torch.Size]]] = {}
+    for name, tensor in state.items():
+        _, row, rest = name.split(".", 2)
+        found.setdefault(int(row), []).append((rest, tensor.shape))
+    return {row: tuple(sorted(found[row])) for row in sorted(found)}
 
 
 def warm_start(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:

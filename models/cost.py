@@ -29,8 +29,11 @@ class RowCost:
     shape: tuple[int, ...]
 
 
-def network_costs(graph: Graph, imgsz: int, supernet: str | None = None) -> list[RowCost]:
-    """The cost of every row at ``imgsz x imgsz``, in the order of the rows. A supernet is counted as it is active."""
+def network_costs(graph: Graph, imgsz: int, supernet: str | None = None, low: float = 0.0) -> list[RowCost]:
+    """The cost of every row at ``imgsz x imgsz``, in the order of the rows. A supernet is counted as it is active.
+
+    `low` is the share of masks that is at low resolution: 0 counts the most that a row under a mask can cost.
+    """
     with torch.device("meta"):
         network = Network(graph, supernet).eval()
         held: dict[int, Any] = {-1: torch.empty(1, 3, imgsz, imgsz)}
@@ -46,8 +49,23 @@ def network_costs(graph: Graph, imgsz: int, supernet: str | None = None) -> list
             shape: tuple[int, ...] = (cells, y[0].shape[-1])
         else:
             shape = tuple(y.shape[1:]) if y is not None else ()
-        costs.append(RowCost(count, counter.get_total_flops() // 2, shape))
+        macs = counter.get_total_flops() // 2
+        if "mask" in (node.op.takes or ()):
+            macs = masked_macs(macs, network.layers[node.index], node, imgsz, low)
+        costs.append(RowCost(count, macs, shape))
     return costs
+
+
+def masked_macs(dense: int, layer: nn.Module, node: Node, imgsz: int, low: float) -> int:
+    """What remains of a row's `dense` multiply-adds under a mask with a share S = `low` of low patches.
+
+    A patch of d x d cells is one cell where it is low, so ``S / d^2 + 1 - S`` of them, but of what the layer counts as
+    `unmasked` multiply-adds a cell, all.
+    """
+    x, mask = node.inputs
+    d, cells = mask.stride // x.stride, (imgsz // x.stride) ** 2
+    always = getattr(layer, "unmasked", 0) * cells
+    return round(always + (dense - always) * (low / d**2 + 1 - low))
 
 
 def row_cost(node: Node, picks: dict[str, Any], imgsz: int) -> RowCost:

@@ -184,7 +184,8 @@ def _box(graph: Graph, node: Node, cost: RowCost, box: Box, share: float) -> lis
         text = f"◆ {_argument_name(choice)} {' | '.join(map(value_text, choice.options))}"
         lines.append(_words(left, y, _cut(text, int(room / SMALL)), "small choice"))
     y += TEXT_LINE
-    lines.append(_words(left, y, _dimensions(cost.shape), "small"))
+    gives = _dimensions(cost.shape) + (" mask" if node.output.kind == "mask" else "")
+    lines.append(_words(left, y, gives, "small"))
     lines.append(_words(right, y, params, "small", end=True) if cost.params else "")
     if share > 0.004:  # less cannot be seen
         lines.append(
@@ -293,7 +294,7 @@ def _facts(graph: Graph, costs: Sequence[RowCost], imgsz: int) -> list[dict[str,
                 "sources": sources,
                 "readers": [(reader, called(reader)) for reader in readers.get(node.index, [])],
                 "output": _dimensions(cost.shape),
-                "stride": node.output.stride if node.output.kind == "map" else None,
+                "stride": node.output.stride if node.output.kind in ("map", "mask") else None,
                 "arguments": [(name, value_text(value)) for name, value in node.arguments.items()],
                 "params": f"{cost.params:,}",
                 "params_share": _percent(cost.params, params),

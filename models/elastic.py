@@ -7,6 +7,7 @@ All of them work alike. `active` is the option in use, `option(value, x)` is wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +17,19 @@ from torch.nn import functional as F
 from models.spec import Choice
 
 
+@dataclass(frozen=True)
+class WithAux:
+    """What an op returns that has something to say besides its output: an attention map, a mask, an extra loss.
+
+    Where the op's class has ``aux_loss(aux, targets)``, a scalar in float32, it is a part of the network's loss; the
+    class's ``aux_name`` is what it is called there. With ``is_price`` it says what the row costs, so a search counts it
+    too; without, it only helps the row to learn.
+    """
+
+    output: Any
+    aux: Any
+
+
 @runtime_checkable
 class Elastic(Protocol):
     """What a leaf offers to the supernet."""
@@ -23,7 +37,7 @@ class Elastic(Protocol):
     choice: Choice
     active: Any
 
-    def option(self, value: Any, x: Tensor) -> Tensor: ...
+    def option(self, value: Any, x: Tensor) -> Any: ...
 
     def plain(self) -> nn.Module: ...
 
@@ -207,7 +221,10 @@ class ElasticSequential(nn.Module):
 
 
 class IndependentRow(nn.Module):
-    """Complete blocks side by side, one for every combination of a row's options (TANGO, ProxylessNAS)."""
+    """Complete blocks side by side, one for every combination of a row's options (TANGO, ProxylessNAS).
+
+    Each says what it says, `WithAux` or not.
+    """
 
     def __init__(self, combinations: Choice, make: Callable[[Any], nn.Module]) -> None:
         super().__init__()
@@ -215,14 +232,17 @@ class IndependentRow(nn.Module):
         self.active = combinations.options[0]
         self.candidates = nn.ModuleList(make(option) for option in combinations.options)
 
-    def option(self, value: Any, x: Tensor) -> Tensor:
-        return self.candidates[self.choice.index(value)](x)
+    def candidate(self, value: Any) -> nn.Module:
+        return self.candidates[self.choice.index(value)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def option(self, value: Any, x: Tensor) -> Any:
+        return self.candidate(value)(x)
+
+    def forward(self, x: Tensor) -> Any:
         return self.option(self.active, x)
 
     def plain(self) -> nn.Module:
-        return self.candidates[self.choice.index(self.active)]
+        return self.candidate(self.active)
 
 
 def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

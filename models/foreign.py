@@ -2,7 +2,7 @@
 
 The files of YOLO programs name their tensors ``model.<row>.<path inside the row>``, in the order in which a row's parts
 are defined. Ours are found by name where names and shapes agree, and what is left by shape in that order. Those of
-EfficientNets have names without rows, which `models.efficientnet` knows.
+EfficientNets and residual networks have names without rows, which `models.efficientnet` and `models.resnet` know.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.structures import Fault
+from models import resnet
 from models.checkpoint import FORMAT, read_tensors
 from models.efficientnet import NORMALIZATIONS, naming_of, rows_of, take_unit_images, usual_normalization
 from models.graph import Graph, Node, resolve
@@ -45,17 +46,16 @@ def import_weights(
 
     `normalization` is what was done to images in [0, 1] before the weights saw them, a key of
     `models.efficientnet.NORMALIZATIONS`; the first convolution is changed to do it. None is what weights of their kind
-    are usually trained with: ``none`` but for an EfficientNet, and a note says what it is.
+    are usually trained with: ``none`` but for EfficientNets and residual networks, and a note says what it is.
 
     Raises `Fault` where a row finds none of its tensors, where the file has tensors for a row that takes none, where
-    the classes are not as many as `names`, where an EfficientNet does not fit as a whole, and for a file that is no
-    state dict. Nothing in the file is ever run.
+    the classes are not as many as `names`, where an EfficientNet or residual network does not fit as a whole, and for
+    a file that is no state dict. Nothing in the file is ever run.
     """
     state, graph = _state_dict(path), resolve(spec)
-    named = naming_of(state)
-    rows, notes = rows_of(path, state, *named, graph) if named else _by_row(path, state)
-    if normalization is None:
-        normalization = usual_normalization(named[0], graph) if named else "none"
+    named = _by_name(path, state, graph)
+    rows, notes, usual = named or (*_by_row(path, state), "none")
+    normalization = usual if normalization is None else normalization
     spec, changed = _as_trained(path, graph, rows)
     if normalization != "none":
         spec = _with_border(graph, spec, normalization)
@@ -120,6 +120,16 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if broken:
         raise Fault(f"{path}: {len(broken)} of its tensors hold numbers that are not finite, such as {broken[0]!r}")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _by_name(path: Path, state: Tensors, graph: Graph) -> tuple[dict[int, dict[str, Tensor]], list[str], str] | None:
+    """Tensors by row and our name inside it, notes, and the usual normalization; None where names tell of rows."""
+    if naming := naming_of(state):
+        return *rows_of(path, state, *naming, graph), usual_normalization(naming[0], graph)
+    prefix = resnet.prefix_of(state)
+    if prefix is None:
+        return None
+    return *resnet.rows_of(path, state, prefix, graph), resnet.NORMALIZATION
 
 
 def _by_row(path: Path, state: Tensors) -> tuple[dict[int, dict[str, Tensor]], list[str]]:
@@ -206,14 +216,15 @@ def _trained_anchors(path: Path, head: Node, theirs: Tensors) -> Anchors | None:
     cells = theirs.get("anchors")
     if cells is None:
         return None
-    if cells.dim() != 3 or cells.shape[0] != len(head.inputs) or cells.shape[2] != 2:
+    levels = len(head.inputs) // getattr(head.op.module, "sets", 1)
+    if cells.dim() != 3 or cells.shape[0] != levels or cells.shape[2] != 2:
         raise Fault(
-            f"{_place(head)}: reads {len(head.inputs)} levels; {path} has anchors {list(cells.shape)}, "
-            f"where [{len(head.inputs)}, anchors a level, 2] would fit"
+            f"{_place(head)}: reads {levels} levels; {path} has anchors {list(cells.shape)}, "
+            f"where [{levels}, anchors a level, 2] would fit"
         )
-    strides = torch.tensor([shape.stride for shape in head.inputs])
-    levels = (cells * strides[:, None, None]).flatten(1).tolist()
-    return tuple(tuple(_rounded(size) for size in level) for level in levels)
+    strides = torch.tensor([shape.stride for shape in head.inputs[:levels]])
+    sizes = (cells * strides[:, None, None]).flatten(1).tolist()
+    return tuple(tuple(_rounded(size) for size in level) for level in sizes)
 
 
 def _rounded(size: float) -> float:

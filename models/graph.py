@@ -93,12 +93,14 @@ class Graph:
         return {source: node.index for node in self.nodes for source in node.sources}
 
 
-def load_graph(source: str | os.PathLike[str], dialect: str | None = None, trust_ops: bool = False) -> Graph:
+def load_graph(
+    source: str | os.PathLike[str], dialect: str | None = None, trust_ops: bool = False, scale: str | None = None
+) -> Graph:
     """The graph of the model file at a path: `parse` and `resolve` in one.
 
     Raises one `Fault` with all that is wrong with the text and, as far as the rows can be read, with their meaning.
     """
-    spec, faults = read(source, dialect, trust_ops)
+    spec, faults = read(source, dialect, trust_ops, scale)
     if spec is None:
         raise Fault(*in_order(faults, str(Path(source))))
     return _resolve(spec, faults)
@@ -223,7 +225,11 @@ def _normal_row(spec: ModelSpec, index: int, layer: LayerSpec) -> LayerSpec:
     faults = []
     values: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        if op.is_head and name in OWN and _substitute(spec, value) != _substitute(spec, OWN[name]):
+        if (
+            (op.is_head or name == "num_classes")
+            and name in OWN
+            and _substitute(spec, value) != _substitute(spec, OWN[name])
+        ):
             got = clip(flow(value))
             faults.append(f"{place}: {name} stands at the top of the file; write {OWN[name]} here, not {got}")
             continue
@@ -344,9 +350,7 @@ def _node(spec: ModelSpec, index: int, row: LayerSpec, sources: tuple[int, ...],
     reads = "; ".join(f"the image has {IMAGE}" if source < 0 else _gives(nodes[source]) for source in sources)
     if not op.many and len(inputs) != 1:
         raise Fault(f"{place}: {row.op} takes one source, got {len(inputs)} ({reads}); Concat joins several")
-    for source, shape in zip(sources, inputs, strict=True):
-        if shape.kind != "map":
-            raise Fault(f"{place}: row {source} gives {shape}, which {row.op} does not take")
+    _kinds_fit(place, op, sources, inputs, reads)
     bound = op.signature.bind(*row.args, **row.kwargs)
     bound.apply_defaults()
     arguments = {name: _substitute(spec, value) for name, value in bound.arguments.items()}
@@ -363,8 +367,13 @@ def _node(spec: ModelSpec, index: int, row: LayerSpec, sources: tuple[int, ...],
         raise Fault(f"{place}: {op.file}: infer of {op.name} raised {said(problem)} ({reads})") from None
     inside = "number" in op.parameters
     most = max(_largest(row.repeats), _largest(written.repeats))  # a fault at a larger depth is one at this depth
-    if op.many and most > 1:
+    if op.many and not inside and most > 1:
         raise Fault(f"{place}: {row.op} reads all its sources at once, so `number` is 1; got {flow(written.repeats)}")
+    if hasattr(op.module, "aux_loss") and not inside and written.repeats != 1:
+        raise Fault(
+            f"{place}: {op.name} has a loss of its own, so `number` is 1; got {flow(written.repeats)}; write a row for "
+            f"each"
+        )
     if not inside and most > 1 and output != inputs[0]:
         times = f"{most} times" if _largest(row.repeats) > 1 else f"{most} times (once at this depth_multiple)"
         raise Fault(
@@ -372,12 +381,33 @@ def _node(spec: ModelSpec, index: int, row: LayerSpec, sources: tuple[int, ...],
             f"its shape can be repeated, so write two rows: one that changes it, one that repeats"
         )
     if op.is_head and op.many:
-        _levels_rise(place, row, sources, inputs, reads)
+        levels = len(inputs) // getattr(op.module, "sets", 1)  # a head may read a level several times, set after set
+        for first in range(0, len(inputs), levels):
+            part = slice(first, first + levels)
+            _levels_rise(place, replace(row, sources=row.sources[part]), sources[part], inputs[part], reads)
     node = Node(index, row, op, sources, arguments, row.repeats, inputs, output)
     wrong = trial(op, inputs, output, node.module_arguments()) if op.file else None
     if wrong:
         raise Fault(f"{place}: {wrong}")
     return node
+
+
+def _kinds_fit(place: str, op: Op, sources: Sequence[int], inputs: Sequence[Shape], reads: str) -> None:
+    """Raises `Fault` where a row reads a mask for a map, a map for a mask, or too many or too few of them."""
+    takes = op.takes or ("map",) * len(inputs)
+    if len(takes) != len(inputs):
+        raise Fault(f"{place}: {op.name} takes {_listed(takes)} in this order, got {len(inputs)} sources ({reads})")
+    for source, shape, wanted in zip(sources, inputs, takes, strict=True):
+        if shape.kind == wanted:
+            continue
+        where = "the image" if source < 0 else f"row {source}"
+        if op.takes:
+            got = f"a map of {shape}" if shape.kind == "map" else str(shape)
+            wants = f"takes {_listed(takes)} in this order, and {where} gives {got} where it takes a {wanted}"
+            raise Fault(f"{place}: {op.name} {wants} ({reads})")
+        able = [name for name, other in OPS.items() if "mask" in (other.takes or ())] if shape.kind == "mask" else []
+        hint = f"; a mask is for {_listed(able)}" if able else ""
+        raise Fault(f"{place}: {where} gives {shape}, which {op.name} does not take{hint} ({reads})")
 
 
 def _largest(repeats: int | Choice) -> int:
@@ -467,8 +497,9 @@ def _head_faults(spec: ModelSpec) -> list[str]:
         if _is_head(layer)
     ]
     if not faults and last.op in OPS and not _is_head(last):
-        heads = " or ".join(name for name, op in OPS.items() if op.is_head)
-        faults.append(f"{row_place(len(before), last)}: a model's last row is its head, {heads}; here it is {last.op}")
+        heads = sorted((name for name, op in OPS.items() if op.is_head), key=str.lower)
+        listed = f"{', '.join(heads[:-1])} or {heads[-1]}"
+        faults.append(f"{row_place(len(before), last)}: a model's last row is its head, {listed}; here it is {last.op}")
     return faults
 
 
@@ -567,7 +598,7 @@ def _anchors_fine_first(graph: Graph) -> Graph:
 
 def _stride_notes(graph: Graph) -> list[str]:
     """The one convolution of a backbone that widens but keeps its map's size, where all others halve it."""
-    widening = [node for node in graph.nodes[1:] if node.layer.section == "backbone" and _widens(node)]
+    widening = [node for node in graph.nodes if node.layer.section == "backbone" and _widens(node)][1:]  # not the stem
     keeping = [node for node in widening if node.output.stride == node.inputs[0].stride]
     halving = [node for node in widening if node.output.stride == 2 * node.inputs[0].stride]
     if len(keeping) != 1 or len(halving) < 2 or len(halving) + 1 < len(widening):

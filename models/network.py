@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data.structures import Fault, Targets
-from models.elastic import ElasticConv2d, ElasticSequential, IndependentRow
+from models.elastic import ElasticConv2d, ElasticSequential, IndependentRow, WithAux
 from models.graph import Graph, Node, combinations, resolve
 from models.ops.primitives import NORMS, keyed_norms, repeat
 from models.spec import Choice, ModelSpec, settled
 
 SUPERNETS = ("shared", "independent")
 MOST_CANDIDATES = 12  # whole blocks side by side in one row of an independent supernet
-
-
-@dataclass(frozen=True)
-class WithAux:
-    """What an op returns that has something to say besides its output: an attention map, a mask, an extra loss."""
-
-    output: Any
-    aux: Any
+NO_AUX: Mapping[int, Any] = MappingProxyType({})
 
 
 class Network(nn.Module):
     """A graph with weights. With `supernet`, rows that hold choices are built to hold every option.
 
-    ``shared``: one set of weights serves all options. ``independent``: a block for every combination.
-    Without it, an open choice is a Fault.
+    ``shared``: one set of weights serves all options; what an op's class lists as `side_by_side` has a block for each.
+    ``independent``: a block for every combination. Without it, an open choice is a Fault.
 
     `norms` says what a ``shared`` supernet keeps batch norms apart for: every activation that they feed (``act``), no
     choice at all (``shared``), or every kernel that they follow and activation (``k_act``).
@@ -46,6 +39,7 @@ class Network(nn.Module):
         with keyed_norms(norms):
             self.layers = nn.ModuleList(_build_row(node, supernet) for node in graph.nodes)
         self._last_use = graph.last_use()
+        self._aux_names = sorted({one.aux_name for layer in self.layers for one in _judges(layer)})
         for layer in self.layers[:-1]:
             layer.apply(_initialize)
 
@@ -65,6 +59,11 @@ class Network(nn.Module):
     def head(self) -> Any:
         """The last row: forward, loss and decode of the task."""
         return self.layers[-1]
+
+    @property
+    def suppresses(self) -> bool:
+        """Whether boxes that it predicts need non-maximum suppression; a head of one box an object says no."""
+        return bool(getattr(self.head, "suppresses", True))
 
     def forward(self, images: Tensor) -> tuple[Any, dict[int, Any]]:
         """Head outputs for images ``[N, 3, H, W]`` in [0, 1], H and W multiples of `max_stride`; auxiliary tensors."""
@@ -93,12 +92,35 @@ class Network(nn.Module):
     def loss(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a batch and its detached parts."""
         outputs, aux = self(images)
-        return self.loss_from(outputs, targets)
+        return self.loss_from(outputs, targets, aux)
 
-    def loss_from(self, outputs: Any, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of head outputs that are already there, in float32 or better."""
+    def loss_from(
+        self, outputs: Any, targets: Targets, aux: Mapping[int, Any] = NO_AUX
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of head outputs and auxiliary tensors that are already there, in float32 or better.
+
+        ``L = L_head + sum of the aux losses`` of all rows that have one. Those of a name are one part, which is 0 where
+        no such row ran: a branch that a subnet of a supernet does without.
+        """
         wide = [y if y.dtype == torch.float64 else y.float() for y in outputs]
-        return self.head.loss(wide, targets)
+        loss, parts = self.head.loss(wide, targets)
+        parts = {**parts, **{name: loss.new_zeros(()) for name in self._aux_names}}
+        for index, said in aux.items():
+            layer = self.layers[index]
+            judge: Any = layer.plain() if isinstance(layer, IndependentRow) else layer
+            if hasattr(judge, "aux_loss"):
+                own = judge.aux_loss(said, targets)
+                loss = loss + own
+                parts[judge.aux_name] = parts[judge.aux_name] + own.detach()
+            if hasattr(judge, "aux_parts"):  # numbers for the log only
+                parts.update(judge.aux_parts(said))
+        return loss, parts
+
+    def prices(self, aux: Mapping[int, Any]) -> dict[int, Any]:
+        """Those auxiliary tensors whose loss says what a row costs (`is_price`), not what it is to learn."""
+        rows = {index: self.layers[index] for index in aux}
+        judges = {index: row.plain() if isinstance(row, IndependentRow) else row for index, row in rows.items()}
+        return {index: said for index, said in aux.items() if getattr(judges[index], "is_price", False)}
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes ``[N, M, 4]`` xyxy in pixels of the input and scores ``[N, M, classes]``, before suppression."""
@@ -116,9 +138,17 @@ def _initialize(module: nn.Module) -> None:
     The fan-out of a group: by that of all together, depth-wise weights would start so small that the eps of the norm
     behind them counts.
     """
+    if getattr(module, "own_start", False):
+        return
     if isinstance(module, nn.Conv2d | ElasticConv2d) and not module.weight.is_meta:
         fan_out = module.weight[:, 0].numel() / module.groups
         nn.init.normal_(module.weight, std=nn.init.calculate_gain("relu") / math.sqrt(fan_out))
+
+
+def _judges(layer: nn.Module) -> list[Any]:
+    """The modules of a row that have a loss of their own for what the row says besides its output."""
+    candidates = layer.candidates if isinstance(layer, IndependentRow) else [layer]
+    return [module for module in candidates if hasattr(module, "aux_loss")]
 
 
 def build(spec: ModelSpec, supernet: str | None = None, norms: str = "act") -> Network:
@@ -133,6 +163,8 @@ def _build_row(node: Node, supernet: str | None) -> nn.Module:
     names = ", ".join(f"{choice.name} {choice}" for choice in node.choices)
     if supernet is None:
         raise Fault(f"{where}: open choices {names}; search.py picks them, a network to train has none")
+    if supernet == "shared" and (alone := _side_by_side(node)):
+        return IndependentRow(alone, lambda option: build_plain(node, {alone.name: option}))
     if supernet == "shared":
         for name, value in node.arguments.items():
             if isinstance(value, Choice) and not node.op.may_choose(name):
@@ -152,6 +184,14 @@ def _build_row(node: Node, supernet: str | None) -> nn.Module:
         )
     joint = joint_choice(node)
     return IndependentRow(joint, lambda option: build_plain(node, dict(zip(names_of(node), option, strict=True))))
+
+
+def _side_by_side(node: Node) -> Choice | None:
+    """The row's only choice, where it is in an argument whose options a shared supernet holds as whole blocks too."""
+    whole = getattr(node.op.module, "side_by_side", ())
+    if len(node.choices) != 1 or not any(isinstance(node.arguments.get(name), Choice) for name in whole):
+        return None
+    return node.choices[0]
 
 
 def names_of(node: Node) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from data.structures import Fault, nearest
-from models.dialects import translate
+from models.dialects import KEYS, OTHER_KEYS, translate
 from models.registry import OPS
 from models.spec import (
     CONSTANTS,
@@ -60,22 +60,27 @@ UNREADABLE = ""  # the op of a row that is so wrong that only its place is known
 POSITION = re.compile(r":(\d+):(\d+)")
 
 
-def parse(source: str | os.PathLike[str], dialect: str | None = None, trust_ops: bool = False) -> ModelSpec:
+def parse(
+    source: str | os.PathLike[str], dialect: str | None = None, trust_ops: bool = False, scale: str | None = None
+) -> ModelSpec:
     """The model file at a path. Raises `Fault` with ``file:line:column`` for anything that is not one.
 
     ``dialect`` forces how the file is read; left out, the file says it, or it is recognised (`models.dialects`).
+    ``scale`` is one of the sizes that a file of ultralytics lists; left out, the file or its name says it.
     ``trust_ops`` runs the Python file that the YAML names with ``ops:`` (`models.user_ops`); without it, that is a
     Fault. `models.graph.load_graph` tells what is wrong with the rows' meaning in the same Fault.
     """
-    spec, faults = read(source, dialect, trust_ops)
+    spec, faults = read(source, dialect, trust_ops, scale)
     if faults or spec is None:
         raise Fault(*in_order(faults, str(Path(source))))
     return spec
 
 
-def parse_text(text: str, path: str = "<text>", name: str = "model", dialect: str | None = None) -> ModelSpec:
+def parse_text(
+    text: str, path: str = "<text>", name: str = "model", dialect: str | None = None, scale: str | None = None
+) -> ModelSpec:
     """The model described by YAML `text`; `path` is only what faults call it."""
-    spec, faults = read_text(text, path, name, dialect)
+    spec, faults = read_text(text, path, name, dialect, scale=scale)
     if faults or spec is None:
         raise Fault(*in_order(faults, path))
     return spec
@@ -93,25 +98,32 @@ def in_order(faults: Sequence[str], path: str) -> list[str]:
 
 
 def read(
-    source: str | os.PathLike[str], dialect: str | None = None, trust_ops: bool = False
+    source: str | os.PathLike[str], dialect: str | None = None, trust_ops: bool = False, scale: str | None = None
 ) -> tuple[ModelSpec | None, list[str]]:
     """As `read_text`, of the file at a path. Raises `Fault` where no text can be read from it."""
     path = Path(source)
     if path.is_dir():
         raise Fault(f"{path}: is a folder, not a model file")
     if not path.is_file():
-        raise Fault(f"{path}: no such model file")
+        whole = path.with_stem(path.stem[:-1]) if len(path.stem) > 1 else path
+        hint = f"; {whole} with --scale {path.stem[-1]}?" if whole.is_file() else ""
+        raise Fault(f"{path}: no such model file{hint}")
     if path.stat().st_size > LARGEST_FILE:
         raise Fault(f"{path}: {path.stat().st_size:,} bytes; a model file has at most {LARGEST_FILE:,}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
         raise Fault(f"{path}: not UTF-8 text ({problem.reason} at byte {problem.start})") from None
-    return read_text(text, str(path), path.stem, dialect, trust_ops)
+    return read_text(text, str(path), path.stem, dialect, trust_ops, scale)
 
 
 def read_text(
-    text: str, path: str = "<text>", name: str = "model", dialect: str | None = None, trust_ops: bool = False
+    text: str,
+    path: str = "<text>",
+    name: str = "model",
+    dialect: str | None = None,
+    trust_ops: bool = False,
+    scale: str | None = None,
 ) -> tuple[ModelSpec | None, list[str]]:
     """A model as far as its text can be read, and what is wrong with the text, a line each.
 
@@ -121,7 +133,7 @@ def read_text(
     top = _top(text, path)
     faults: list[str] = []
     for key in top.value:
-        if key not in TOP_KEYS:
+        if key not in TOP_KEYS and key not in KEYS and key not in OTHER_KEYS:
             faults.append(f"{top.key_where[key]}: unknown key {clip(repr(key))}{_near(key, TOP_KEYS)}")
         if len(faults) > MOST_FAULTS:
             break
@@ -169,7 +181,13 @@ def read_text(
     stated = top.get("dialect", None)
     try:
         spec = translate(
-            written, keys=tuple(top.value), stated=stated, stated_at=top.where_of("dialect"), asked=dialect
+            written,
+            keys=tuple(top.value),
+            stated=stated,
+            stated_at=top.where_of("dialect"),
+            asked=dialect,
+            extra={key: (top.get(key, None), top.key_where[key]) for key in top.value if key in (*KEYS, *OTHER_KEYS)},
+            scale=scale,
         )
     except Fault as fault:
         return None, [*faults, *fault.lines]

@@ -38,8 +38,9 @@ PLAIN_WORDS = {  # for pydantic's
 class Shape:
     """What one row hands to the next: channels, how many input pixels a cell stands for, and the kind of tensor.
 
-    Kinds: ``map`` ``[N, C, H, W]``; ``maps`` a head's list of outputs. An op takes maps unless it says otherwise.
-    A map has ``size // stride + margin`` rows and columns; only padding and pooling without padding know a margin.
+    Kinds: ``map`` ``[N, C, H, W]``; ``mask`` ``[N, 1, H, W]`` of 0 and 1, which only ops for masks read; ``maps`` a
+    head's list of outputs. An op takes maps unless it says otherwise. A map has ``size // stride + margin`` rows and
+    columns; only padding and pooling without padding know a margin.
     """
 
     channels: int
@@ -48,6 +49,8 @@ class Shape:
     margin: int = 0
 
     def __str__(self) -> str:
+        if self.kind == "mask":
+            return f"a mask at stride {self.stride}"
         if self.kind != "map":
             return self.kind
         extra = f", {self.margin:+d} cells a side" if self.margin else ""
@@ -69,6 +72,7 @@ class Op:
     infer: Infer
     many: bool  # whether forward takes a list of maps
     file: str | None = None  # "my_ops.py:12" of a user's op, None for ours
+    takes: tuple[str, ...] | None = None  # kinds of the sources in their order; None: maps, however many
 
     @property
     def signature(self) -> inspect.Signature:
@@ -115,9 +119,10 @@ OPS: dict[str, Op] = {}
 
 
 def register_op(
-    name: str | None = None, *, infer: Infer | None = None, many: bool = False
+    name: str | None = None, *, infer: Infer | None = None, many: bool = False, takes: tuple[str, ...] | None = None
 ) -> Callable[[Module], Module]:
-    """Puts an ``nn.Module`` into the table under its class name, or under `name`. `many`: it takes a list of maps.
+    """Puts an ``nn.Module`` into the table under its class name, or under `name`. `many`: it takes a list of maps;
+    `takes`: a list of just these kinds of Shape, such as a map and a mask.
 
     `infer` maps the sources' Shapes and the named arguments, choices picked, to the output Shape; it raises ValueError
     with the reason where they do not fit. Left out, an op has one source and gives ``c_out`` channels (or what it got)
@@ -132,7 +137,7 @@ def register_op(
         own = module.__init__ is not nn.Module.__init__  # which takes anything and nothing
         parameters = dict(inspect.signature(module.__init__).parameters) if own else {}
         hints = typing.get_type_hints(module.__init__, include_extras=True)
-        OPS[called] = Op(called, module, parameters, hints, infer or one_to_one, many)
+        OPS[called] = Op(called, module, parameters, hints, infer or one_to_one, many or takes is not None, takes=takes)
         return module
 
     return register

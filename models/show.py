@@ -24,7 +24,7 @@ def table(graph: Graph, costs: Sequence[RowCost], imgsz: int, supernet: str | No
                 value_text(node.repeats),
                 f"{cost.params:,}",
                 f"{cost.macs / 1e6:,.1f} M",
-                "x".join(map(str, cost.shape)),
+                "x".join(map(str, cost.shape)) + (" mask" if node.output.kind == "mask" else ""),
                 node.op.name,
                 ", ".join(arguments),
             )

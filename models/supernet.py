@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.structures import Targets
-from models.elastic import Elastic, elastic_leaves, plain_state
+from models.elastic import Elastic, IndependentRow, WithAux, elastic_leaves, plain_state
 from models.graph import Graph, normalize, resolve
 from models.network import Network, build, joint_choice
 from models.spec import Choice, ModelSpec
@@ -81,12 +81,17 @@ class Supernet(nn.Module):
         picks: Mapping[str, Any],
         loss: Callable[[Network], Tensor],
         among: Mapping[str, Sequence[Any]] | None = None,
+        targets: Targets | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of an architecture, and ``dL/dg`` ``[options]`` for the gates of every decision there.
 
         In every leaf of a decision ``y = sum_k g_k o_k(x)``, with g one-hot at the architecture's option, so that
         ``dL/dg_k = <o_k(x), dL/dy>`` (ProxylessNAS, arXiv 1812.00332, section 3.2.1). `among` names the options of each
         decision that are looked at (default: all); the others are not run and get 0.
+
+        With `targets`, whole blocks may have a price ``a_k`` (`Network.prices`) for them. The gates weigh these too,
+        ``L = L_head(y) + sum_k g_k a_k``, which adds ``a_k`` to ``dL/dg_k``. A loss that only helps a block to learn is
+        no price: a search would leave out the block that has it, since an absent one pays nothing.
 
         The forward is the plain one of the subnet; the other options run after it, without a backward of their own. The
         weights get no gradient, what lies before the first choice is not differentiated, and no statistics move.
@@ -95,25 +100,29 @@ class Supernet(nn.Module):
         with _weights_held(self.network), _statistics_held(self.network):
             with _watched(self._leaves) as seen:
                 value = loss(self.network)
-            towards = torch.autograd.grad(value, [y for _, _, y in seen], materialize_grads=True)
-            gradients = self._gate_products(seen, towards, among or self._all)
+            towards = torch.autograd.grad(value, [_output(y) for _, _, y in seen], materialize_grads=True)
+            gradients = self._gate_products(seen, towards, among or self._all, targets)
         return value.detach(), gradients
 
     @torch.no_grad()
     def _gate_products(
         self,
-        seen: Sequence[tuple[Elastic, Any, Tensor]],
+        seen: Sequence[tuple[Elastic, Any, Any]],
         towards: Sequence[Tensor],
         among: Mapping[str, Sequence[Any]],
+        targets: Targets | None,
     ) -> dict[str, Tensor]:
-        """``<o_k(x), dL/dy>`` of every named option, summed over the leaves of its decision."""
+        """``<o_k(x), dL/dy> + a_k`` of every named option, summed over the leaves of its decision."""
         like = next(self.network.parameters())
         gradients = {d.name: like.new_zeros(len(d.options)) for d in self.decisions}
         for (leaf, x, y), dy in zip(seen, towards, strict=True):
             wide = torch.promote_types(dy.dtype, torch.float32)  # half precision is for the layers, not for their sums
             for option in among[leaf.choice.name]:
                 o = y if option == leaf.active else leaf.option(option, x)
-                gradients[leaf.choice.name][leaf.choice.index(option)] += (o.to(wide) * dy.to(wide)).sum()
+                gradient = (_output(o).to(wide) * dy.to(wide)).sum()
+                if isinstance(o, WithAux) and targets is not None:
+                    gradient = gradient + _own_loss(leaf, option, o.aux, targets)
+                gradients[leaf.choice.name][leaf.choice.index(option)] += gradient
         return gradients
 
     def set_alpha_gradients(
@@ -140,19 +149,37 @@ class Supernet(nn.Module):
         return network.to(reference.device, reference.dtype).train(self.training)
 
 
-def detection_loss(images: Tensor, targets: Targets) -> Callable[[Network], Tensor]:
-    """The loss of a batch as a function of the network."""
-    return lambda network: network.loss(images, targets)[0]
+def architecture_loss(images: Tensor, targets: Targets) -> Callable[[Network], Tensor]:
+    """What architectures are compared by, as a function of the network: the head's loss of a batch, and the prices."""
+
+    def loss(network: Network) -> Tensor:
+        outputs, aux = network(images)
+        return network.loss_from(outputs, targets, network.prices(aux))[0]
+
+    return loss
+
+
+def _output(y: Any) -> Tensor:
+    return cast(Tensor, y.output if isinstance(y, WithAux) else y)
+
+
+def _own_loss(leaf: Elastic, option: Any, aux: Any, targets: Targets) -> Tensor | float:
+    """The price that a whole block has for what it said; 0 where it has none."""
+    assert isinstance(leaf, IndependentRow), "no other leaf says anything besides its output"
+    candidate: Any = leaf.candidate(option)
+    return candidate.aux_loss(aux, targets) if getattr(candidate, "is_price", False) else 0.0
 
 
 @contextlib.contextmanager
-def _watched(leaves: Sequence[Elastic]) -> Iterator[list[tuple[Elastic, Any, Tensor]]]:
+def _watched(leaves: Sequence[Elastic]) -> Iterator[list[tuple[Elastic, Any, Any]]]:
     """Inside, every leaf that runs is noted: itself, its input, and its output as a place to differentiate at."""
-    seen: list[tuple[Elastic, Any, Tensor]] = []
+    seen: list[tuple[Elastic, Any, Any]] = []
 
-    def note(leaf: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+    def note(leaf: nn.Module, inputs: tuple[Any, ...], y: Any) -> Any:
         # A tensor of its own: an identity hands its input on, which others may read as well.
-        y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
+        place = _output(y)
+        place = place.view_as(place) if place.requires_grad else place.detach().requires_grad_()
+        y = WithAux(place, y.aux) if isinstance(y, WithAux) else place
         x = inputs[0]  # a list where a whole row of several sources is one leaf
         held = [source.detach() for source in x] if isinstance(x, list) else x.detach()
         seen.append((cast(Elastic, leaf), held, y))

@@ -33,7 +33,7 @@ class SearchConfig(RunConfig):
         default=None, description="latency.json of an earlier search of this space on this device"
     )
     project: Path = Field(default=Path("runs/search"), description="folder of the runs")
-    candidates: int = Field(default=24, ge=1, description="subnets whose AP is judged, at most")
+    candidates: int = Field(default=24, ge=1, description="subnets that are judged, at most")
     calibration: int = Field(default=128, ge=1, description="training images for a subnet's batch-norm statistics")
     arch_every: int = Field(default=5, ge=1, description="weight steps to one step of the architecture parameters")
     arch_warmup: float = Field(default=0.3, ge=0, lt=1, description="part of the search before alphas move")

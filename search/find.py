@@ -15,6 +15,7 @@ from data.structures import Fault
 from engine.calibrate import calibrate
 from engine.latency import measure_ms
 from engine.runs import write_csv, write_text
+from engine.tasks import Task, task_of
 from models.checkpoint import save_checkpoint
 from models.network import Network
 from models.parse import dump
@@ -47,6 +48,11 @@ class Trial:
     names: Sequence[str]
     device: torch.device
     progress: bool
+
+    @property
+    def task(self) -> Task:
+        """What the networks are for, which says what they are measured by."""
+        return task_of(self.supernet.spec)
 
     @property
     def metrics(self) -> list[str]:
@@ -155,9 +161,9 @@ def judge_subnets(
     kept = [one for one in networks if within(costs[one], trial.budgets)]
 
     def done(place: int, verdict: Verdict) -> None:
-        one, found = kept[place], verdict.metrics
-        number = trial.space.index(one)
-        judged[one] = Judged(number, one, found.ap, found.ap50, costs[one], verdict.ap_without, subnets[one])
+        one = kept[place]
+        score, second = (float(getattr(verdict.metrics, name)) for name in trial.task.columns[:2])
+        judged[one] = Judged(trial.space.index(one), one, score, second, costs[one], verdict.without, subnets[one])
 
     judge(
         [networks[one] for one in kept],
@@ -173,9 +179,9 @@ def judge_subnets(
 
 
 def values_of(trial: Trial, one: Architecture, found: Judged | None) -> tuple[float, ...]:
-    """What evolution compares, all to be small. A subnet whose measured latency is over the budget has no AP."""
+    """What evolution compares, all to be small. A subnet whose measured latency is over the budget has no score."""
     costs = found.costs if found else trial.counted(one)
-    return (-found.ap if found else 0.0, *(costs[metric] for metric in trial.metrics))
+    return (-found.score if found else 0.0, *(costs[metric] for metric in trial.metrics))
 
 
 def calibrated(trial: Trial, one: Judged) -> Network:
@@ -188,7 +194,8 @@ def calibrated(trial: Trial, one: Judged) -> Network:
 def save_subnet(path: Path, network: Network, judged: Judged, names: Sequence[str], imgsz: int) -> None:
     """``path.yaml`` and ``path.pt``: a plain model file and checkpoint, for train.py, val.py and detect.py alike."""
     costs = ", ".join(f"{metric} {format_cost(metric, value)}" for metric, value in judged.costs.items())
-    comment = f"subnet {judged.number}: {judged.architecture}\njudged AP {judged.ap:.4f}, {costs} at {imgsz} px"
+    title = task_of(network.spec).titles[0]
+    comment = f"subnet {judged.number}: {judged.architecture}\njudged {title} {judged.score:.4f}, {costs} at {imgsz} px"
     write_text(path.with_suffix(".yaml"), dump(network.spec, comment))
     picks = {name: list(pick) if isinstance(pick, tuple) else pick for name, pick in judged.architecture.picks.items()}
     save_checkpoint(path.with_suffix(".pt"), network, names, imgsz=imgsz, subnet=judged.number, picks=picks)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.runs import atomically, table, write_csv
+from engine.tasks import Task
 from search.costs import Budget, format_cost
 from search.space import Architecture, SearchSpace
 
@@ -30,15 +31,19 @@ MOST_NUMBERED = 12  # points of a front that get their numbers in the picture
 
 @dataclass(frozen=True)
 class Judged:
-    """A subnet that was calibrated and measured on the judging images."""
+    """A subnet that was calibrated and measured on the judging images.
+
+    Its score is what subnets are compared by, the first of its task's `engine.tasks.Task.columns`: AP of a detector,
+    top-1 of a classifier, mIoU of a segmenter. The second stands beside it, AP50 and so on; nan where it says nothing.
+    """
 
     number: int  # its index in the space
     architecture: Architecture
-    ap: float
-    ap50: float
+    score: float
+    second: float
     costs: Mapping[str, float]  # macs, params, latency_ms, latency_table_ms
-    ap_without: tuple[float, ...] = ()  # AP with each group of judging images left out in turn
-    loss: float | None = None  # mean detection loss on the judging images
+    without: tuple[float, ...] = ()  # the score with each group of judging images left out in turn
+    loss: float | None = None  # mean loss of the head on the judging images
 
 
 # ---- sorting
@@ -97,10 +102,10 @@ def hypervolume(points: np.ndarray, reference: Sequence[float] | np.ndarray) -> 
 
 
 def on_front(judged: Sequence[Judged], metrics: Sequence[str]) -> list[bool]:
-    """Which of the judged are on the front of AP and the costs named by `metrics`."""
+    """Which of the judged are on the front of the score and the costs named by `metrics`."""
     if not judged:
         return []
-    points = np.array([[-one.ap, *(one.costs[metric] for metric in metrics)] for one in judged])
+    points = np.array([[-one.score, *(one.costs[metric] for metric in metrics)] for one in judged])
     return non_dominated(points).tolist()
 
 
@@ -119,35 +124,35 @@ def jackknife_error(without: Sequence[float] | np.ndarray) -> float:
     return math.sqrt((groups - 1) / groups * float(((values - values.mean()) ** 2).sum()))
 
 
-def ap_error(one: Judged) -> float:
-    """The standard error of its AP over the choice of judging images; nan where it was not measured by groups.
+def score_error(one: Judged) -> float:
+    """The standard error of its score over the choice of judging images; nan where it was not measured by groups.
 
     To compare two subnets it is too large by far: both see the same images, hard and easy ones alike. See `ties`.
     """
-    return jackknife_error(one.ap_without)
+    return jackknife_error(one.without)
 
 
 def tie(one: Judged, other: Judged) -> bool:
-    """Whether the judging images cannot tell the AP of two subnets apart: the difference lies within 1.96 of its own
+    """Whether the judging images cannot tell the score of two subnets apart: the difference lies within 1.96 of its own
     standard errors, by the jackknife over the same groups of images left out for both.
     """
-    if not one.ap_without or len(one.ap_without) != len(other.ap_without):
+    if not one.without or len(one.without) != len(other.without):
         return False
-    error = jackknife_error(np.subtract(one.ap_without, other.ap_without))
-    return abs(one.ap - other.ap) <= SURE * error
+    error = jackknife_error(np.subtract(one.without, other.without))
+    return abs(one.score - other.score) <= SURE * error
 
 
 def ties(judged: Sequence[Judged], front: Sequence[bool]) -> list[tuple[int, ...]]:
     """For each of the judged, the numbers of the cheaper points of the front that it cannot be told apart from; empty
-    off the front, and where AP was not measured by groups of images.
+    off the front, and where scores were not measured by groups of images.
 
-    Cheaper is a point of the front with no higher AP: it would not be there if it did not cost less in something.
-    This is the noise of the judging images alone. Another seed of training would also move AP, often by more, and no
-    number of images shows that: of two points told apart here, the better may be the worse after retraining.
+    Cheaper is a point of the front with no higher score: it would not be there if it did not cost less in something.
+    This is the noise of the judging images alone. Another seed of training would also move scores, often by more, and
+    no number of images shows that: of two points told apart here, the better may be the worse after retraining.
     """
     shown = [one for one, on in zip(judged, front, strict=True) if on]
     return [
-        tuple(other.number for other in shown if other is not one and other.ap <= one.ap and tie(one, other))
+        tuple(other.number for other in shown if other is not one and other.score <= one.score and tie(one, other))
         if on
         else ()
         for one, on in zip(judged, front, strict=True)
@@ -155,21 +160,21 @@ def ties(judged: Sequence[Judged], front: Sequence[bool]) -> list[tuple[int, ...
 
 
 def knee(judged: Sequence[Judged], front: Sequence[bool], metric: str) -> int | None:
-    """Where the front of AP and one cost bends most, as a place in `judged`: from there on, AP gets dearer.
+    """Where the front of score and one cost bends most, as a place in `judged`: from there on, the score gets dearer.
 
-    The point with the largest distance above the chord from the cheapest point to the one of highest AP, both axes
-    scaled to 0..1 between these two (Das, On characterizing the knee of the Pareto curve, Structural Optimization
+    The point with the largest distance above the chord from the cheapest point to the one of the highest score, both
+    axes scaled to 0..1 between these two (Das, On characterizing the knee of the Pareto curve, Structural Optimization
     1999). None where no point lies above the chord.
     """
     shown = [place for place, on in enumerate(front) if on]
     if len(shown) < 3:
         return None
     cost = np.array([judged[place].costs[metric] for place in shown])
-    ap = np.array([judged[place].ap for place in shown])
-    first, last = np.lexsort((-ap, cost))[0], np.lexsort((cost, -ap))[0]
-    if not (cost[first] < cost[last] and ap[first] < ap[last]):
+    score = np.array([judged[place].score for place in shown])
+    first, last = np.lexsort((-score, cost))[0], np.lexsort((cost, -score))[0]
+    if not (cost[first] < cost[last] and score[first] < score[last]):
         return None
-    above = (ap - ap[first]) / (ap[last] - ap[first]) - (cost - cost[first]) / (cost[last] - cost[first])
+    above = (score - score[first]) / (score[last] - score[first]) - (cost - cost[first]) / (cost[last] - cost[first])
     highest = int(above.argmax())
     return shown[highest] if above[highest] > 1e-9 else None
 
@@ -177,20 +182,21 @@ def knee(judged: Sequence[Judged], front: Sequence[bool], metric: str) -> int | 
 # ---- file, table, picture
 
 
-def write_front(path: Path, space: SearchSpace, judged: Sequence[Judged], front: Sequence[bool]) -> None:
+def write_front(path: Path, task: Task, space: SearchSpace, judged: Sequence[Judged], front: Sequence[bool]) -> None:
     """``front.csv``: every judged subnet, the front marked; `ties` as numbers of subnets with blanks between them."""
     rows: list[dict[str, Any]] = []
     metrics = shown_costs(judged)
+    score, second = task.columns[:2]
     for one, shown, tied in zip(judged, front, ties(judged, front), strict=True):
-        error = ap_error(one)
+        error = score_error(one)
         rows.append(
             {
                 "subnet": one.number,
                 "front": int(shown),
                 "ties": " ".join(map(str, tied)),
-                "ap": one.ap,
-                "ap_error": None if math.isnan(error) else round(error, 6),
-                "ap50": one.ap50,
+                score: one.score,
+                f"{score}_error": None if math.isnan(error) else round(error, 6),
+                second: None if math.isnan(one.second) else one.second,
                 "loss": one.loss,
                 **{metric: round(one.costs[metric], 3) for metric in metrics},
                 **{choice.name: one.architecture.picks[choice.name] for choice in space.choices},
@@ -199,19 +205,22 @@ def write_front(path: Path, space: SearchSpace, judged: Sequence[Judged], front:
     write_csv(path, rows)
 
 
-def front_table(judged: Sequence[Judged], front: Sequence[bool]) -> str:
-    """The front as text, lowest AP first, which is the cheapest; after ``+-`` stands the standard error of AP over the
-    judging images.
+def front_table(task: Task, judged: Sequence[Judged], front: Sequence[bool]) -> str:
+    """The front as text, lowest score first, which is the cheapest; after ``+-`` stands the standard error of the score
+    over the judging images.
     """
     metrics = shown_costs(judged)
     tied = ties(judged, front)
-    shown = sorted((place for place, on in enumerate(front) if on), key=lambda place: judged[place].ap)
-    rows = []
+    shown = sorted((place for place, on in enumerate(front) if on), key=lambda place: judged[place].score)
+    title, second = task.titles[:2]
+    beside = [second] if any(not math.isnan(judged[place].second) for place in shown) else []
+    rows: list[tuple[Any, ...]] = []
     for place in shown:
         one = judged[place]
         costs = (format_cost(metric, one.costs[metric]) for metric in metrics)
-        rows.append((str(one.number), one.ap, ap_error(one), one.ap50, numbered(tied[place]), *costs))
-    return table(rows, ("subnet", "AP", "+-", "AP50", "tie with", *metrics))
+        numbers = one.score, score_error(one), *([one.second] if beside else [])
+        rows.append((str(one.number), *numbers, numbered(tied[place]), *costs))
+    return table(rows, ("subnet", title, "+-", *beside, "tie with", *metrics))
 
 
 def numbered(numbers: Sequence[int], most: int = 3) -> str:
@@ -228,17 +237,18 @@ def shown_costs(judged: Sequence[Judged]) -> list[str]:
 
 def draw_front(
     path: Path,
+    task: Task,
     judged: Sequence[Judged],
     front: Sequence[bool],
     metrics: Sequence[str],
     best: int,
     budgets: Sequence[Budget],
 ) -> None:
-    """``front.png``: AP against every cost. `best` is a place in `judged`.
+    """``front.png``: the score against every cost. `best` is a place in `judged`.
 
     The front of one metric is a line against it; against the other costs, and of several metrics, it is marked only.
-    Bars are standard errors of AP over the judging images. A hollow point ties with a cheaper one of the front, to
-    which a dotted line leads; so is the star of the best. What a budget forbids is shaded.
+    Bars are standard errors of the score over the judging images. A hollow point ties with a cheaper one of the front,
+    to which a dotted line leads; so is the star of the best. What a budget forbids is shaded.
     """
     from matplotlib.figure import Figure  # here because it is slow to import; it needs no screen
 
@@ -248,9 +258,10 @@ def draw_front(
     for axes, metric in zip(panels, shown, strict=True):
         name, unit = AXES[metric]
         drawn = [budget.limit / unit for budget in budgets if budget.metric == metric]
-        draw_panel(axes, judged, front, metric, unit, best, knee(judged, front, metric) if metric in metrics else None)
+        bend = knee(judged, front, metric) if metric in metrics else None
+        draw_panel(axes, task, judged, front, metric, unit, best, bend)
         if list(metrics) == [metric]:
-            line = sorted((one.costs[metric] / unit, one.ap) for one, on in zip(judged, front, strict=True) if on)
+            line = sorted((one.costs[metric] / unit, one.score) for one, on in zip(judged, front, strict=True) if on)
             axes.plot(*zip(*line, strict=True), color=BLUE, lw=1.4, zorder=2)
         if drawn:
             left, right = axes.get_xlim()
@@ -260,12 +271,12 @@ def draw_front(
             axes.set_xlim(left, right)
         axes.set_xlabel(name)
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("AP on the judging images")
+    panels[0].set_ylabel(f"{task.titles[0]} on the judging images")
     labels = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, frameon=False)
     tied = sum(map(bool, ties(judged, front)))
     figure.suptitle(
-        f"{len(judged)} subnets judged, {sum(front)} on the front of AP and {', '.join(metrics)}"
+        f"{len(judged)} subnets judged, {sum(front)} on the front of {task.titles[0]} and {', '.join(metrics)}"
         + (f", {tied} of them in a tie with a cheaper one" if tied else "")
     )
     with atomically(path) as temporary:
@@ -274,6 +285,7 @@ def draw_front(
 
 def draw_panel(
     axes: Any,
+    task: Task,
     judged: Sequence[Judged],
     front: Sequence[bool],
     metric: str,
@@ -283,7 +295,7 @@ def draw_panel(
 ) -> None:
     """One cost of `draw_front`: the judged, the front with its errors and ties, the best and the knee."""
     tied = dict(zip((one.number for one in judged), ties(judged, front), strict=True))
-    at = {one.number: (one.costs[metric] / unit, one.ap) for one in judged}
+    at = {one.number: (one.costs[metric] / unit, one.score) for one in judged}
     shown = [one for one, on in zip(judged, front, strict=True) if on]
     others = [one for one, on in zip(judged, front, strict=True) if not on]
     if others:
@@ -296,9 +308,9 @@ def draw_panel(
             cheapest = min(tied[one.number], key=lambda number: at[number][0])
             link = {"arrowstyle": "-", "connectionstyle": "arc3,rad=0.3", "color": ORANGE, "ls": ":", "lw": 1.4}
             axes.annotate("", at[cheapest], (x, y), arrowprops=link)
-        if not math.isnan(ap_error(one)):
+        if not math.isnan(score_error(one)):
             bar = {"fmt": "none", "ecolor": PALE, "elinewidth": 1.2, "capsize": 2.5, "zorder": 1}
-            axes.errorbar(x, y, ap_error(one), **bar, label="standard error of AP")
+            axes.errorbar(x, y, score_error(one), **bar, label=f"standard error of {task.titles[0]}")
         fill, label = ("white", "front, ties with a cheaper point") if tied[one.number] else (BLUE, "front")
         axes.scatter(x, y, s=46, fc=fill, ec=BLUE, lw=1.4, zorder=3, label=label)
         if len(shown) <= MOST_NUMBERED:

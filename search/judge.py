@@ -6,17 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.dataset import ImageSet
 from data.loader import Batches, batches
-from data.structures import Detections
+from data.masks import read_mask
+from data.structures import Batch, Detections, Fault, Sample
 from engine.calibrate import calibrate_by
-from engine.evaluate import Metrics, jackknife_ap, pixels, to_original
+from engine.classify import ClassMetrics, class_metrics, true_labels
+from engine.evaluate import JACKKNIFE_GROUPS, jackknife_ap, pixels, to_original
 from engine.nms import nms
+from engine.segment import SegMetrics, confusion_of, label_map, seg_metrics
+from engine.tasks import task_of
 from models.network import Network
+from models.spec import ModelSpec
 
 CONFIDENCE, IOU, MOST = 0.001, 0.6, 300  # as in `engine.evaluate.evaluate`
 TOGETHER = 8  # subnets behind one pass of the trunk; after so many, Ctrl-C finds some finished
@@ -24,13 +30,28 @@ TOGETHER = 8  # subnets behind one pass of the trunk; after so many, Ctrl-C find
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured of a subnet; `ap_without` is its AP with each group of the images left out in turn.
+    """What was measured of a subnet: metrics of its task, and its score with each group of images left out in turn.
 
-    The groups are those of `engine.evaluate.jackknife_ap`: the same for all subnets, so that they compare in pairs.
+    The score is the first of the task's columns: AP of a detector, top-1 of a classifier, mIoU of a segmenter. The
+    groups are those of `engine.evaluate.jackknife_ap`: the same for all subnets, so that they compare in pairs.
     """
 
-    metrics: Metrics
-    ap_without: tuple[float, ...]
+    metrics: Any
+    without: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How subnets of a task are measured; a row of `JUDGINGS`.
+
+    Attributes:
+        found: what a network makes of each image of a batch, from its head's outputs and the images' samples; in the
+            order of the batch.
+        measured: metrics, and the score without each group, of images, what was found in each, and names of classes.
+    """
+
+    found: Callable[[Network, Any, Batch, Sequence[Sample]], Iterator[Any]]
+    measured: Callable[[Sequence[Sample], Sequence[Any], Sequence[str]], tuple[Any, tuple[float, ...]]]
 
 
 def first_choice(network: Network, choices: Sequence[str]) -> int:
@@ -72,9 +93,10 @@ def judge(
         total=passes, desc=f"judging {len(networks)} subnets", unit="batch", disable=not progress, leave=False
     ) as bar:
         for part in parts:
-            for found in _measured(part, trunk_rows, calibration, loader, device, bar.update):
+            judging = judging_of(part[0].spec)
+            for found in _found(part, judging, trunk_rows, calibration, images.samples, loader, device, bar.update):
                 samples = [images.samples[index] for index in found]
-                verdict = Verdict(*jackknife_ap(samples, list(found.values()), names))
+                verdict = Verdict(*judging.measured(samples, list(found.values()), names))
                 if done is not None:
                     done(len(verdicts), verdict)
                 verdicts.append(verdict)
@@ -82,15 +104,17 @@ def judge(
 
 
 @torch.no_grad()
-def _measured(
+def _found(
     networks: Sequence[Network],
+    judging: Judging,
     trunk_rows: int,
     calibration: Sequence[Tensor],
+    samples: Sequence[Sample],
     loader: Batches,
     device: torch.device,
     passed: Callable[[], Any],
-) -> list[dict[int, Detections]]:
-    """Detections of every network, calibrated, by the images' place in their set and in its order."""
+) -> list[dict[int, Any]]:
+    """What every network, calibrated, finds in the images, by their place in their set and in its order."""
     subnets = nn.ModuleList(networks).eval()
     rows = range(trunk_rows, len(networks[0].layers))
 
@@ -105,12 +129,77 @@ def _measured(
         passed()
 
     calibrate_by(subnets, run_all, calibration)
-    found: list[dict[int, Detections]] = [{} for _ in networks]
+    found: list[dict[int, Any]] = [{} for _ in networks]
     for batch in loader:
+        shown = [samples[index] for index in batch.indices]
         for network, outputs, kept in zip(networks, tails(pixels(batch, device)), found, strict=True):
-            boxes, scores = network.decode(outputs)
-            for index, letterbox, *predicted in zip(batch.indices, batch.letterboxes, boxes, scores, strict=True):
-                best = nms(*predicted, conf=CONFIDENCE, iou=IOU, max_det=MOST, multi_label=True)
-                kept[index] = to_original(best, letterbox)
+            kept.update(zip(batch.indices, judging.found(network, outputs, batch, shown), strict=True))
         passed()
     return found
+
+
+# ---- by task
+
+
+def found_boxes(network: Network, outputs: Any, batch: Batch, samples: Sequence[Sample]) -> Iterator[Detections]:
+    iou = IOU if network.suppresses else 1.0
+    for letterbox, *predicted in zip(batch.letterboxes, *network.decode(outputs), strict=True):
+        best = nms(*predicted, conf=CONFIDENCE, iou=iou, max_det=MOST, multi_label=True)
+        yield to_original(best, letterbox)
+
+
+def found_classes(network: Network, outputs: Any, batch: Batch, samples: Sequence[Sample]) -> Iterator[np.ndarray]:
+    """The probabilities ``[C]`` of each image."""
+    scores: Any = network.decode(outputs)
+    yield from scores.float().cpu().numpy()
+
+
+def found_pixels(network: Network, outputs: Any, batch: Batch, samples: Sequence[Sample]) -> Iterator[np.ndarray]:
+    """The confusion ``[K, K]`` of each image's pixels: maps of all images would take too much memory."""
+    logits = [y if y.dtype == torch.float64 else y.float() for y in outputs]
+    for place, (letterbox, sample) in enumerate(zip(batch.letterboxes, samples, strict=True)):
+        assert sample.mask is not None, "a segmenter is measured by masks"
+        scores = network.head.enlarged([y[place : place + 1] for y in logits])[0]
+        found = label_map(scores, letterbox).cpu().numpy()
+        yield confusion_of(found, read_mask(sample.mask), network.num_classes)
+
+
+def jackknife_top1(
+    samples: Sequence[Sample], scores: Sequence[np.ndarray], names: Sequence[str]
+) -> tuple[ClassMetrics, tuple[float, ...]]:
+    """The metrics of a classifier, and top-1 with each group of images left out in turn, as `jackknife_ap` does it."""
+    truths_N, scores_NC = true_labels(samples), np.stack(scores)
+    right_N = scores_NC.argmax(axis=1) == truths_N
+    without = tuple(float(right_N[kept].mean()) for kept in remaining(len(samples)))
+    return class_metrics(truths_N, scores_NC, names), without
+
+
+def jackknife_miou(
+    samples: Sequence[Sample], confusions: Sequence[np.ndarray], names: Sequence[str]
+) -> tuple[SegMetrics, tuple[float, ...]]:
+    """The metrics of a segmenter, and mIoU with each group of images left out in turn, as `jackknife_ap` does it."""
+    confusions_NKK = np.stack(confusions)
+    without = tuple(seg_metrics(confusions_NKK[kept], names).miou for kept in remaining(len(samples)))
+    return seg_metrics(confusions_NKK, names), without
+
+
+def remaining(count: int) -> list[np.ndarray]:
+    """The places of the images that remain of `count` where each group is left out in turn; nothing without groups."""
+    groups = min(JACKKNIFE_GROUPS, count // 2)
+    places = np.arange(count)
+    return [places[places % groups != group] for group in range(groups)] if groups > 1 else []
+
+
+JUDGINGS = {
+    "detect": Judging(found_boxes, jackknife_ap),
+    "classify": Judging(found_classes, jackknife_top1),
+    "segment": Judging(found_pixels, jackknife_miou),
+}
+
+
+def judging_of(spec: ModelSpec) -> Judging:
+    """How subnets of a model are measured. Raises a Fault for a task that no search judges by."""
+    task = task_of(spec)
+    if task.name not in JUDGINGS:
+        raise Fault(f"{spec.path}: {task.network}; search.py judges networks that {' or '.join(JUDGINGS)}")
+    return JUDGINGS[task.name]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from data.structures import Fault, Targets
-from models.supernet import Supernet, detection_loss
+from models.supernet import Supernet, architecture_loss
 from search.costs import Budget, CostTable
 from search.sampling import drawn_pairs
 
@@ -110,7 +110,9 @@ def architecture_step(
     if paths == "two":
         assert rng is not None
         decided, among = drawn_pairs(supernet.decisions, probabilities, decided, rng)
-    loss, gate_gradients = supernet.gate_gradients(supernet.picks(decided), detection_loss(images, targets), among)
+    loss, gate_gradients = supernet.gate_gradients(
+        supernet.picks(decided), architecture_loss(images, targets), among, targets
+    )
     if reduce is not None:
         reduce([loss, *gate_gradients.values()])
     value = float(loss)

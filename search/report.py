@@ -35,7 +35,6 @@ from search.report_data import (
     TITLES,
     Run,
     Subnet,
-    ap_text,
     cost_number,
     cost_text,
     costs_text,
@@ -46,12 +45,14 @@ from search.report_data import (
     plain,
     plural,
     read_run,
+    score_text,
     search_command,
     taken_option,
     training_command,
 )
 
-NOISE = 0.01  # an AP below this says that the supernet has hardly learned anything yet
+NOISE = 0.01  # a score below this says that the supernet has hardly learned anything yet
+KINDS = {"detect": "detection", "classify": "classification", "segment": "segmentation"}  # of losses, by task
 MOST_DOTS = 6_000  # of the cloud of losses
 MOST_TIES = 3  # numbers on a badge
 
@@ -205,19 +206,20 @@ def headline(run: Run) -> str:
     best = run.chosen
     if best is None:
         return told + absent("No subnet has been judged yet: a search writes front.csv when it ends.") + cautions(run)
+    title = run.score
     tied = sum(bool(one.ties) for one in run.front)
     of_ties = (
-        f" {tied} of them {'is a tie' if tied == 1 else 'are ties'}: the judging images cannot tell such a subnet's AP "
-        "from that of a cheaper one on the front."
+        f" {tied} of them {'is a tie' if tied == 1 else 'are ties'}: the judging images cannot tell such a subnet's "
+        f"{title} from that of a cheaper one on the front."
     )
     told += (
         f'<p class="lead">{plural(len(run.subnets), "subnet was", "subnets were")} judged, and '
         f"{len(run.front)} of them {'is' if len(run.front) == 1 else 'are'} on the front: none of the judged has a "
-        f"higher AP than one of these without more {listed([TITLES[metric] for metric in run.metrics], 'or')}."
+        f"higher {title} than one of these without more {listed([TITLES[metric] for metric in run.metrics], 'or')}."
         f"{of_ties * bool(tied)} "
         f'The best is <a href="#subnet-{best.number}">subnet {best.number}</a>.</p>'
     )
-    tiles = [(f"★ {best.number}", "the best subnet"), (ap_text(best), "its AP on the judging images")]
+    tiles = [(f"★ {best.number}", "the best subnet"), (score_text(best), f"its {title} on the judging images")]
     tiles += [
         (cost_number(metric, value), TITLES[metric] + ", ms" * metric.startswith("latency"))
         for metric, value in best.costs.items()
@@ -228,7 +230,7 @@ def headline(run: Run) -> str:
         (values["retrained"] for one, values in run.retrained if one == best.number and "retrained" in values), None
     )
     if after is not None:
-        tiles.insert(2, (f"{after:.3f}", "its AP on the validation images, retrained"))
+        tiles.insert(2, (f"{after:.3f}", f"its {title} on the validation images, retrained"))
     told += (
         f'<div class="tiles">{"".join(f"<div><b>{shown}</b><span>{what}</span></div>" for shown, what in tiles)}</div>'
     )
@@ -239,7 +241,7 @@ def headline(run: Run) -> str:
             f"just as good and costs less: {costs_text(cheaper)}.</p>"
         )
     weights = "best.pt" if (run.folder / "best.pt").is_file() else f"subnets/{best.number}.pt"
-    told += "<p>To train the best one on, which makes a detector of it:</p>"
+    told += f"<p>To train the best one on, which makes {run.task.network} of it:</p>"
     return told + command(training_command(run, weights, f"subnet-{best.number}")) + cautions(run)
 
 
@@ -252,13 +254,14 @@ def cautions(run: Run) -> str:
     """What the numbers of this page do not tell."""
     judging = run.images.get("judging")
     on = f"{judging} judging images" if judging else "the judging images (a fifth of the training images, 32 to 2,000)"
-    errors = any(one.ap_error is not None for one in run.subnets)
+    errors = any(one.error is not None for one in run.subnets)
+    title, noise = run.score, noise_level(run)
     told = [
         "<b>One search with one seed.</b> Another seed trains other weights and may name another subnet. One run is an "
         "anecdote.",
         "<b>Inherited weights.</b> Each subnet was judged with the weights of the supernet and batch norm statistics "
         "of its own, not after a training of its own. The order after training may differ.",
-        f"<b>Few images.</b> AP was measured on {on}, which the weights never saw. "
+        f"<b>Few images.</b> {title} was measured on {on}, which the weights never saw. "
         + (
             "± is one standard error over these images; of chance in training it knows nothing. Two subnets saw the "
             "same images, so do not compare them by their ±: ties were found from the error of their difference, "
@@ -271,14 +274,25 @@ def cautions(run: Run) -> str:
         told.append(
             "<b>One device.</b> Latencies are those of the machine that searched. Another one has another front."
         )
-    if run.subnets and max(one.ap for one in run.subnets) < NOISE:
+    if run.subnets and max(one.score for one in run.subnets) < noise:
         told.insert(
             0,
-            f"<b>This front is noise.</b> No subnet reaches an AP of {NOISE:g}: the supernet has hardly learned to "
-            "detect yet. More epochs come first.",
+            f"<b>This front is noise.</b> No subnet reaches {with_article(title)} of {noise:.2g}: the supernet "
+            f"has hardly learned to {run.task.name} yet. More epochs come first.",
         )
     lines = "".join(f"<li>{line}</li>" for line in told if run.subnets)
     return f'<div class="caution"><h3>What this does not tell</h3><ul>{lines}</ul></div>' if lines else ""
+
+
+def with_article(title: str) -> str:
+    """``an AP``, ``a top-1``"""
+    return f"{'an' if title in ('AP', 'mIoU') else 'a'} {title}"
+
+
+def noise_level(run: Run) -> float:
+    """What the score of a network that has learned nothing yet may be: guessing finds one class of so many."""
+    guessed = 1 / run.graph.spec.num_classes if run.task.name == "classify" and run.graph else 0.0
+    return max(NOISE, guessed)
 
 
 # ---- the front
@@ -287,12 +301,13 @@ def cautions(run: Run) -> str:
 def front_section(run: Run) -> str:
     if not run.subnets:
         return ""
+    title = run.score
     shown = [metric for metric in run.costs if metric != "latency_table_ms" or "latency_ms" not in run.costs]
     panels = [
         plots.cost_scatter(
             metric,
-            [mark(run, one, metric, one.ap, one.ap_error or 0.0) for one in run.subnets if metric in one.costs],
-            "AP",
+            [mark(run, one, metric, one.score, one.error or 0.0) for one in run.subnets if metric in one.costs],
+            title,
             limits=limits(run, metric),
             joined=run.metrics == (metric,),
         )
@@ -300,8 +315,8 @@ def front_section(run: Run) -> str:
     ]
     alone = ", so it is a line only there" if len(run.metrics) == 1 < len(shown) else ""
     return (
-        "<h2>The front: AP against cost</h2>"
-        "<p>Every mark is a subnet, and each picture has all of them. The front is made of AP and "
+        f"<h2>The front: {title} against cost</h2>"
+        f"<p>Every mark is a subnet, and each picture has all of them. The front is made of {title} and "
         f"{listed([TITLES[metric] for metric in run.metrics])}{alone}. Point at a mark, or tap it, to see what it is; "
         "a click on one of the front leads to its card.</p>"
         f"{front_legend(run)}{figures(panels)}<h3>The front in numbers</h3>{subnet_table(run, run.front)}"
@@ -325,7 +340,7 @@ def mark(run: Run, one: Subnet, metric: str, y: float, error: float = 0.0) -> Ma
         x=one.costs[metric],
         y=y,
         kind=" ".join(kinds(run, one, metric)),
-        spoken=f"subnet {one.number}: AP {ap_text(one)}, {costs_text(one)}",
+        spoken=f"subnet {one.number}: {run.score} {score_text(one)}, {costs_text(one)}",
         error=error,
         tied_to=cheaper.number if cheaper else None,
         link=run.has_card(one),
@@ -343,9 +358,10 @@ def kinds(run: Run, one: Subnet, metric: str) -> list[str]:
 def front_legend(run: Run) -> str:
     """What the marks mean; only those that occur."""
     occur = {kind for one in run.subnets for metric in run.costs for kind in kinds(run, one, metric)}
+    title = run.score
     texts = {
         "front best": "the best",
-        "front knee": "the knee: behind it, AP gets dearer",
+        "front knee": f"the knee: behind it, {title} gets dearer",
         "front": "on the front",
         "front tied": "on the front, but ties with a cheaper one, to which a dotted bow leads",
         "judged": "judged, not on the front",
@@ -355,9 +371,9 @@ def front_legend(run: Run) -> str:
         for kind, text in texts.items()
         if kind.split()[-1] in occur
     ]
-    if any(one.ap_error for one in run.subnets):
+    if any(one.error for one in run.subnets):
         keys.append(
-            ('<g class="front"><path class="error" d="M-3 -8h6M0 -8V8M-3 8h6"/></g>', "AP ± one standard error")
+            ('<g class="front"><path class="error" d="M-3 -8h6M0 -8V8M-3 8h6"/></g>', f"{title} ± one standard error")
         )
     if any(limits(run, metric) for metric in run.costs):
         keys.append(('<path class="budget" d="M0 -10V10"/>', "budget"))
@@ -366,15 +382,16 @@ def front_legend(run: Run) -> str:
 
 def subnet_table(run: Run, subnets: Sequence[Subnet], picks: bool = False) -> str:
     """Subnets as rows; a click on the name of a column sorts by it."""
-    extra = {"ap_error": "±", "ap50": "AP50", "loss": "loss"}
+    title, second = run.task.titles[:2]
+    extra = {"error": "±", "second": second, "loss": "loss"}
     extra = {name: title for name, title in extra.items() if any(getattr(one, name) is not None for one in subnets)}
-    heads = ["subnet", "", ">AP", *(f">{title}" for title in extra.values())]
+    heads = ["subnet", "", f">{title}", *(f">{name}" for name in extra.values())]
     heads += [f">{TITLES[metric]}{', ms' * metric.startswith('latency')}" for metric in run.costs]
     lines = []
     for one in subnets:
         cells = [
             f'<td><data value="{one.number}">{link(run, one)}</data></td><td>{badges(run, one)}</td>',
-            number(one.ap),
+            number(one.score),
         ]
         cells += [number(getattr(one, name)) for name in extra]
         for metric in run.costs:
@@ -387,10 +404,11 @@ def subnet_table(run: Run, subnets: Sequence[Subnet], picks: bool = False) -> st
 
 def facts(run: Run) -> dict[str, Any]:
     """What the page's script shows of the subnet under the pointer."""
+    title, second = run.task.titles[:2]
     subnets = {}
     for one in run.subnets:
-        lines = [("AP", ap_text(one))]
-        lines += [("AP50", f"{one.ap50:.3f}")] if one.ap50 is not None else []
+        lines = [(title, score_text(one))]
+        lines += [(second, f"{one.second:.3f}")] if one.second is not None else []
         lines += [("loss", f"{one.loss:.4f}")] if one.loss is not None else []
         lines += [
             (TITLES[m], cost_number(m, value) + " ms" * m.startswith("latency")) for m, value in one.costs.items()
@@ -447,13 +465,15 @@ def cloud_section(run: Run) -> str:
         ]
         dots = list(zip(shown[metric].tolist(), shown["loss"].tolist(), strict=True))
         panels.append(plots.cost_scatter(metric, marks, "loss", limits=limits(run, metric), cloud=dots))
+    kind = KINDS.get(run.task.name, run.task.name)
     fewer = f" {len(shown['loss']):,} of them are drawn." if len(shown["loss"]) < count else ""
     levels = {TITLES[metric]: len(np.unique(run.losses[metric])) for metric in metrics}
     few = [f"{values} different numbers of {name}" for name, values in levels.items() if values <= min(24, count // 20)]
     columns = f" There are only {listed(few)} among them, hence the columns." if few else ""
     return (
-        f"{title}<p>The detection loss on the judging images of all {plural(count, 'subnet')}, each with batch norm "
-        "statistics of its own: low is good. A loss is cheap to measure and says which subnets are worth an AP; those "
+        f"{title}<p>The {kind} loss on the judging images of all {plural(count, 'subnet')}, each with batch norm "
+        "statistics of its own: low is good. A loss is cheap to measure and says which subnets are worth "
+        f"{with_article(run.score)}; those "
         f"that got one are marked.{fewer}{columns}</p>{figures(panels)}{effects(run)}"
     )
 
@@ -528,7 +548,8 @@ def alphas_section(run: Run) -> str:
         f"{title}<p>How likely the supernet held each option to be the right one, step by step: the softmax of its "
         "architecture parameters (alphas), which moved on the judging images. They start even (dotted line) and move "
         f"after the warm-up (vertical line). ★ is what the best subnet has. {outcome}</p>"
-        "<p>A probability is a leaning and no proof. It says which subnets are worth judging; AP says which of them "
+        "<p>A probability is a leaning and no proof. It says which subnets are worth judging; "
+        f"{run.score} says which of them "
         f'are on the front.</p><div class="smalls">{"".join(panels)}</div>'
     )
 
@@ -685,22 +706,24 @@ def retraining_section(run: Run) -> str:
             "do it with the three best; the command on a card does it with one."
         )
         return title + absent(sentence) if run.subnets else ""
-    names = list(STATES.values())
+    names, second = list(STATES.values()), f"_{run.task.columns[1]}"
     marks = [(f'<g class="stage s{place}">{plots.stage(place)}</g>', name) for place, name in enumerate(names)]
     dots = [(f"subnet {one}", [values.get(state) for state in STATES]) for one, values in run.retrained]
-    shown = [*STATES, *(name for state in STATES if any((name := f"{state}_ap50") in v for _, v in run.retrained))]
-    heads = [f">{STATES[name.removesuffix('_ap50')]}{', AP50' * name.endswith('_ap50')}" for name in shown]
+    shown = [*STATES, *(name for state in STATES if any((name := f"{state}{second}") in v for _, v in run.retrained))]
+    heads = [
+        f">{STATES[name.removesuffix(second)]}{f', {run.task.titles[1]}' * name.endswith(second)}" for name in shown
+    ]
     linked = {one.number: link(run, one) for one in run.subnets}
     lines = []
     for one, values in run.retrained:
         cells = "".join(number(values.get(name)) for name in shown)
         lines.append(f'<tr><td><data value="{one}">{linked.get(one, one)}</data></td>{cells}</tr>')
     return (
-        f"{title}<p>AP on the validation images of the same subnets in four states: with the supernet's weights and "
-        "batch norm statistics (inherited), with batch norm statistics of its own (calibrated), after a short "
-        "training from there (fine-tuned), and after a whole one (retrained). "
+        f"{title}<p>{run.score} on the validation images of the same subnets in four states: with the supernet's "
+        "weights and batch norm statistics (inherited), with batch norm statistics of its own (calibrated), after a "
+        "short training from there (fine-tuned), and after a whole one (retrained). "
         f"{kept_order(run.retrained)}</p>{legend(marks)}"
-        f"<figure>{plots.dot_rows(dots, names, 'AP on the validation images')}</figure>"
+        f"<figure>{plots.dot_rows(dots, names, f'{run.score} on the validation images')}</figure>"
         f"{table(['subnet', *heads], lines, sortable=True)}"
     )
 
@@ -758,18 +781,19 @@ def card(run: Run, one: Subnet, best: Subnet, placed: Layout | None) -> str:
     return (
         f'<article class="card" id="subnet-{one.number}"><header><h3>Subnet {one.number}</h3> '
         f"{badges(run, one)}</header><div "
-        f'class="two"><div>{against_best(one, best)}{picks_table(run, one, best)}<p>{links}</p>{gone}'
+        f'class="two"><div>{against_best(run, one, best)}{picks_table(run, one, best)}<p>{links}</p>{gone}'
         f"<p>To train it on:</p>{command(training_command(run, weights, f'subnet-{one.number}'))}"
         f"{folded('YAML', copied(text, 'yaml')) if text else ''}</div>{picture}</div></article>"
     )
 
 
-def against_best(one: Subnet, best: Subnet) -> str:
-    """AP and costs, and how far they are from the best's."""
+def against_best(run: Run, one: Subnet, best: Subnet) -> str:
+    """Scores and costs, and how far they are from the best's."""
+    title, second = run.task.titles[:2]
     is_best = one.number == best.number
-    rows = [("AP", ap_text(one), f"{one.ap - best.ap:+.3f}")]
-    if one.ap50 is not None and best.ap50 is not None:
-        rows.append(("AP50", f"{one.ap50:.3f}", f"{one.ap50 - best.ap50:+.3f}"))
+    rows = [(title, score_text(one), f"{one.score - best.score:+.3f}")]
+    if one.second is not None and best.second is not None:
+        rows.append((second, f"{one.second:.3f}", f"{one.second - best.second:+.3f}"))
     for metric, value in one.costs.items():
         other = best.costs.get(metric)
         title = TITLES[metric] + ", ms" * metric.startswith("latency")
@@ -822,7 +846,7 @@ FILES = {
     "alphas.csv": "alpha and probability of every option after every epoch",
     "results.csv": "losses, learning rate and seconds of every epoch",
     "latency.json": "the table of latencies, and how well it predicts",
-    "retrain.csv": "AP inherited, calibrated, fine-tuned and retrained",
+    "retrain.csv": "{score} inherited, calibrated, fine-tuned and retrained",
     "retrain": "the runs of these trainings",
     "best.yaml": "the best subnet as a plain model file",
     "best.pt": "its checkpoint, for train.py, val.py, detect.py and export.py",
@@ -854,7 +878,7 @@ def options_section(run: Run) -> str:
 
 def files_of(run: Run) -> str:
     lines = [
-        f'<tr><td><a href="{name}">{name}</a></td><td>{what}</td></tr>'
+        f'<tr><td><a href="{name}">{name}</a></td><td>{what.format(score=run.score)}</td></tr>'
         for name, what in FILES.items()
         if (run.folder / name).exists()
     ]

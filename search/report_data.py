@@ -22,6 +22,7 @@ import yaml
 from data.structures import Fault
 from engine.config import RunConfig, option_name
 from engine.runs import read_csv
+from engine.tasks import DETECT, TASKS, Task, task_of
 from models.graph import Graph, load_graph
 from search.config import SearchConfig
 from search.costs import Budget, format_cost, parse_budget
@@ -34,7 +35,8 @@ TITLES = {
     "latency_ms": "latency",
     "latency_table_ms": "latency by table",
 }
-MEASURED = ("subnet", "front", "ties", "ap", "ap_error", "ap50", "loss", *COSTS)  # the rest of front.csv are choices
+SCORES = tuple(name for task in TASKS.values() for name in (*task.columns[:2], f"{task.columns[0]}_error"))
+MEASURED = ("subnet", "front", "ties", *SCORES, "loss", *COSTS)  # the rest of front.csv are choices
 STATES = {"inherited": "inherited", "calibrated": "calibrated", "fine_tuned": "fine-tuned", "retrained": "retrained"}
 ONLY_SEARCHED = ("cfg", "dialect", "weights", "epochs", "name", "exist_ok", "resume", "device")  # not a subnet's
 
@@ -45,10 +47,10 @@ class Subnet:
 
     number: int
     front: bool
-    ties: tuple[int, ...]  # subnets of the front that cost less and whose AP cannot be told from this one's
-    ap: float
-    ap_error: float | None  # standard error over the judging images
-    ap50: float | None
+    ties: tuple[int, ...]  # subnets of the front that cost less and whose score cannot be told from this one's
+    score: float  # AP, or top-1
+    error: float | None  # its standard error over the judging images
+    second: float | None  # AP50, or top-5
     loss: float | None
     costs: Mapping[str, float]
     picks: Mapping[str, str]
@@ -59,6 +61,7 @@ class Run:
     """What the folder of a search holds; what is not there is empty."""
 
     folder: Path
+    task: Task  # which says what the scores are called
     config: Mapping[str, Any]
     choices: Mapping[str, tuple[str, ...]]  # name to options, as text
     size: int | None  # subnets of the space
@@ -71,6 +74,11 @@ class Run:
     retrained: Sequence[tuple[int, Mapping[str, float]]]  # subnet: what of it was measured
     latency: Mapping[str, Any]
     graph: Graph | None  # of search.yaml
+
+    @property
+    def score(self) -> str:
+        """What subnets are compared by: AP, top-1."""
+        return self.task.titles[0]
 
     @cached_property
     def front(self) -> tuple[Subnet, ...]:
@@ -98,8 +106,8 @@ class Run:
 
     @cached_property
     def knees(self) -> Mapping[str, int]:
-        """For each cost of the front, the subnet behind which AP gets dearer."""
-        judged = [Judged(one.number, Architecture(one.picks), one.ap, 0.0, one.costs) for one in self.front]
+        """For each cost of the front, the subnet behind which the score gets dearer."""
+        judged = [Judged(one.number, Architecture(one.picks), one.score, 0.0, one.costs) for one in self.front]
         there = [metric for metric in self.metrics if all(metric in one.costs for one in self.front)]
         places = {metric: knee(judged, [True] * len(judged), metric) for metric in there}
         return {metric: judged[place].number for metric, place in places.items() if place is not None}
@@ -145,9 +153,13 @@ def read_run(folder: Path) -> Run:
     size = math.prod(map(len, choices.values())) if choices else None
     if judged and not choices:  # the options that no subnet has are not known then, nor is the size
         choices = {name: tuple(sorted({row[name] for row in judged})) for name in judged[0] if name not in MEASURED}
-    subnets = tuple(subnet(row, choices, f"{folder}/front.csv:{line}") for line, row in enumerate(judged, start=2))
+    task = task_measured(judged, graph)
+    subnets = tuple(
+        subnet(row, task, choices, f"{folder}/front.csv:{line}") for line, row in enumerate(judged, start=2)
+    )
     return Run(
         folder=folder,
+        task=task,
         config=read_mapping(folder / "config.yaml"),
         choices=choices,
         size=size,
@@ -163,18 +175,25 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def subnet(row: Mapping[str, str], choices: Mapping[str, Sequence[str]], where: str) -> Subnet:
+def task_measured(judged: Sequence[Mapping[str, str]], graph: Graph | None) -> Task:
+    """The task whose score is a column of front.csv; before there is one, that of the model's head."""
+    there = [task for task in TASKS.values() if judged and task.columns[0] in judged[0]]
+    return there[0] if there else task_of(graph.spec) if graph else DETECT
+
+
+def subnet(row: Mapping[str, str], task: Task, choices: Mapping[str, Sequence[str]], where: str) -> Subnet:
     """A row of front.csv."""
-    number, ap = cell(row, "subnet", where), cell(row, "ap", where)
-    if number is None or ap is None:
-        raise Fault(f"{where}: a row of front.csv has a subnet and its ap")
+    name, second = task.columns[:2]
+    number, score = cell(row, "subnet", where), cell(row, name, where)
+    if number is None or score is None:
+        raise Fault(f"{where}: a row of front.csv has a subnet and its {name}")
     return Subnet(
         number=int(number),
         front=bool(cell(row, "front", where)),
         ties=tuple(int(other) for other in re.findall(r"\d+", row.get("ties") or "")),
-        ap=ap,
-        ap_error=cell(row, "ap_error", where),
-        ap50=cell(row, "ap50", where),
+        score=score,
+        error=cell(row, f"{name}_error", where),
+        second=cell(row, second, where),
         loss=cell(row, "loss", where),
         costs={name: value for name in COSTS if (value := cell(row, name, where)) is not None},
         picks={name: row[name] for name in choices if name in row},
@@ -263,13 +282,13 @@ def read_graph(path: Path) -> Graph | None:
 
 
 def best_number(folder: Path, subnets: Sequence[Subnet]) -> int | None:
-    """The subnet that best.yaml holds, by its first line; else the one of highest AP, of equal ones the cheapest."""
+    """The subnet that best.yaml holds, by its first line; else that of the best score, of equal ones the cheapest."""
     if (folder / "best.yaml").is_file():
         found = re.match(r"# subnet (\d+):", (folder / "best.yaml").read_text(encoding="utf-8"))
         if found and any(one.number == int(found[1]) for one in subnets):
             return int(found[1])
     shown = [one for one in subnets if one.front] or list(subnets)
-    return max(shown, key=lambda one: (one.ap, -one.costs.get("macs", 0.0))).number if shown else None
+    return max(shown, key=lambda one: (one.score, -one.costs.get("macs", 0.0))).number if shown else None
 
 
 # ---- words and numbers
@@ -290,9 +309,9 @@ def costs_text(one: Subnet) -> str:
     return ", ".join(cost_text(metric, value) for metric, value in one.costs.items() if metric != "latency_table_ms")
 
 
-def ap_text(one: Subnet) -> str:
+def score_text(one: Subnet) -> str:
     """``0.430 ± 0.021``"""
-    return f"{one.ap:.3f}" + ("" if one.ap_error is None else f" ± {one.ap_error:.3f}")
+    return f"{one.score:.3f}" + ("" if one.error is None else f" ± {one.error:.3f}")
 
 
 def plural(count: int, one: str, many: str = "") -> str:

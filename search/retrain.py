@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from data.config import DataSpec
 from data.dataset import ImageSet
 from engine.config import RunConfig, TrainConfig
-from engine.evaluate import Metrics, evaluate
 from engine.runs import append_csv, read_csv, table
+from engine.tasks import Task, evaluate
 from engine.train import train
 from models.checkpoint import load_checkpoint, restore
 from models.network import Network
@@ -24,6 +25,7 @@ STATES = ("inherited", "calibrated", "fine_tuned", "retrained")
 
 
 def retrain(
+    task: Task,
     chosen: Sequence[Judged],
     inherited: Callable[[Judged], Network],
     folder: Path,
@@ -34,7 +36,7 @@ def retrain(
     progress: bool,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Four APs on the validation split for every subnet in `chosen`, in ``retrain.csv``; the runs lie in ``retrain/``.
+    """Four scores on the validation split for each of the `chosen`, in ``retrain.csv``; the runs lie in ``retrain/``.
 
     ``inherited(subnet)`` is the network with the statistics that the supernet's training left behind, calibrated is
     the checkpoint in ``subnets/``. From there a fine-tuning of a fifth of the epochs and a retraining of all of them
@@ -45,12 +47,12 @@ def retrain(
     epochs = config.retrain_epochs or config.epochs
     done = {row["subnet"] for row in read_csv(path)}
 
-    def measured(network: Network) -> Metrics:
+    def measured(network: Network) -> Any:
         return evaluate(
             network, val_images, names=data.names, batch_size=config.batch_size, device=device, progress=progress
         )
 
-    def trained(number: int, length: int, what: str) -> Metrics:
+    def trained(number: int, length: int, what: str) -> Any:
         weights = folder / "subnets" / f"{number}.pt"
         say(f"\nsubnet {number}, {what}: {length} epochs from {weights}")
         return train(continued(config, weights, length, folder / "retrain", f"{number}-{what}"), progress).metrics
@@ -65,12 +67,17 @@ def retrain(
             "fine_tuned": trained(one.number, max(1, epochs // FINE_TUNING), "fine-tuned"),
             "retrained": trained(one.number, epochs, "retrained"),
         }
-        row: dict[str, Any] = {"subnet": one.number} | {state: found[state].ap for state in STATES}
-        append_csv(path, row | {f"{state}_ap50": found[state].ap50 for state in STATES})
+        score, second = task.columns[:2]
+        row: dict[str, Any] = {"subnet": one.number} | {state: getattr(found[state], score) for state in STATES}
+        append_csv(path, row | {f"{state}_{second}": _or_none(getattr(found[state], second)) for state in STATES})
     return [
-        {"subnet": int(row.pop("subnet"))} | {name: float(value) for name, value in row.items()}
+        {"subnet": int(row.pop("subnet"))} | {name: float(value) for name, value in row.items() if value}
         for row in read_csv(path)
     ]
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def continued(config: SearchConfig, weights: Path, epochs: int, project: Path, name: str) -> TrainConfig:
@@ -81,5 +88,5 @@ def continued(config: SearchConfig, weights: Path, epochs: int, project: Path, n
 
 
 def retrain_table(rows: Sequence[dict[str, Any]]) -> str:
-    """AP on the validation split, one line a subnet."""
+    """The scores on the validation split, one line a subnet."""
     return table([(str(row["subnet"]), *(row[state] for state in STATES)) for row in rows], ("subnet", *STATES))

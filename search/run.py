@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,27 +22,29 @@ from data.structures import Fault, Sample
 from engine import distributed
 from engine.config import add_options, checked, save_config
 from engine.doors import door, option_parser, parse_options
-from engine.evaluate import Metrics, calibration_images, check_imgsz, evaluate
+from engine.evaluate import calibration_images, check_imgsz
+from engine.plan import check_single
 from engine.runs import new_run, write_text
-from engine.tasks import task_of
+from engine.tasks import Task, check_options, evaluate, task_of
 from engine.train import augmentation, describe, read_labelled
+from engine.unfold import with_statistics
 from models.checkpoint import load_checkpoint, warm_start
 from models.graph import resolve
 from models.parse import dump
-from models.spec import ModelSpec
 from models.supernet import Supernet
 from search import tango
 from search.config import SearchConfig
 from search.costs import CostTable, check_budgets, cost_tables, format_cost, parse_budget
 from search.find import Trial, calibrated, find, save_subnet
 from search.front import Judged, draw_front, front_table, on_front, write_front
+from search.judge import judging_of
 from search.latency import SECONDS, LatencyTable, latency_table, read_table, write_table
 from search.objective import check_form
 from search.propose import argmax
 from search.report import write_report
 from search.retrain import retrain, retrain_table
 from search.space import Architecture, SearchSpace
-from search.train import lengths, reopen, train_supernet
+from search.train import lengths, reopen, train_supernet, weight_batches
 
 JUDGING_PART, FEWEST_JUDGING, MOST_JUDGING = 0.2, 32, 2_000  # of the training images; the weights never see them
 
@@ -54,7 +60,7 @@ class SearchResult:
     front: tuple[bool, ...]
     best: Path
     best_yaml: Path
-    metrics: Metrics  # of the best, on the validation split
+    metrics: Any  # of the best, on the validation split: `Metrics` of a detector, `ClassMetrics` of a classifier
 
 
 def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
@@ -81,20 +87,23 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
         # The data, in three parts: images for the weights, for alphas and judging, and to report.
         data = read_data_spec(config.data)
         train_split, val_split = read_labelled(data, "train"), read_labelled(data, "val")
-        weight_samples, judge_samples = split_train(train_split.samples)
+        weight_samples, judge_samples = split_train(train_split.samples, by_class=data.format == "folders")
         say(
             f"{config.data}: {len(weight_samples)} images train the weights, {len(judge_samples)} move alphas "
             f"and judge, {len(val_split.samples)} only report"
         )
         for note in (*train_split.notes, *val_split.notes):
             say(f"note: {note}")
-        weight_images = ImageSet(weight_samples, config.imgsz, augmentation(config), config.seed, config.cache)
-        judge_images = ImageSet(judge_samples, config.imgsz, None, config.seed, config.cache)
-        val_images = ImageSet(val_split.samples, config.imgsz, None, config.seed, config.cache)
 
         # The space and what its subnets cost. A budget that cannot be met ends here, before anything is trained.
         spec = resumed.spec if resumed else describe(config, data, None, train_split.samples, say)
-        check_searchable(spec)
+        task = task_of(spec)
+        judging_of(spec)  # or there is nothing to compare subnets by
+        config = config if resumed else check_options(task, config)
+        how = (config.seed, config.cache, False, task.crops)
+        weight_images = ImageSet(weight_samples, config.imgsz, augmentation(config), *how)
+        judge_images = ImageSet(judge_samples, config.imgsz, None, *how)
+        val_images = ImageSet(val_split.samples, config.imgsz, None, *how)
         torch.manual_seed(config.seed)  # first weights
         supernet = Supernet(spec, config.supernet, config.norms)
         check_imgsz(config.imgsz, supernet.network.max_stride)
@@ -106,8 +115,13 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
             say(f"  {metric}: {format_cost(metric, least)} to {format_cost(metric, most)}")
         check_budgets(budgets, tables)
         lengths(weight_images, config, world)  # nor does a search begin that is too short
+        check_single(supernet.network, config.imgsz, weight_batches(weight_images, config, world)(epoch=1).lists)
         if config.weights and not resumed:
-            loaded, missing = warm_start(supernet.network, load_checkpoint(config.weights).state)
+            seen = (weight_images, config.calibration, config.seed, "cpu", augmentation(config))
+            origin, line = with_statistics(load_checkpoint(config.weights), partial(calibration_images, *seen))
+            if line:
+                say(line)
+            loaded, missing = warm_start(supernet.network, origin.state)
             say(f"{config.weights}: {len(loaded)} of {len(loaded) + len(missing)} tensors loaded")
         supernet.to(world.device)
         supernet.network.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -150,11 +164,11 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     found = list(judged.values())
     metrics = trial.metrics
     front = on_front(found, metrics)
-    best = max(range(len(found)), key=lambda place: (found[place].ap, -found[place].costs["macs"]))
-    write_front(folder / "front.csv", space, found, front)
-    draw_front(folder / "front.png", found, front, metrics, best, budgets)
+    best = max(range(len(found)), key=lambda place: (found[place].score, -found[place].costs["macs"]))
+    write_front(folder / "front.csv", task, space, found, front)
+    draw_front(folder / "front.png", task, found, front, metrics, best, budgets)
     (folder / "subnets").mkdir(exist_ok=True)
-    shown = sorted((one for one, on in zip(found, front, strict=True) if on), key=lambda one: -one.ap)
+    shown = sorted((one for one, on in zip(found, front, strict=True) if on), key=lambda one: -one.score)
     for one in {found[best].number: found[best], **{one.number: one for one in shown}}.values():
         save_subnet(folder / "subnets" / f"{one.number}", calibrated(trial, one), one, data.names, config.imgsz)
     winner = found[best]
@@ -162,8 +176,10 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     save_subnet(folder / "best", network, winner, data.names, config.imgsz)
     if config.tango:
         tango.write_final(folder, supernet)
-    say(f"\nfront over AP and {', '.join(metrics)} ({len(found)} subnets judged on {len(judge_images)} images):")
-    say(front_table(found, front))
+    over = ", ".join(metrics)
+    judged_on = f"{len(found)} subnets judged on {len(judge_images)} images"
+    say(f"\nfront over {task.titles[0]} and {over} ({judged_on}):")
+    say(front_table(task, found, front))
     say(f"\nbest: subnet {winner.number}, {winner.architecture}")
     say(f"alpha alone would pick: {argmax(supernet)}")
     if stopped:
@@ -172,11 +188,12 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     reached = evaluate(
         network, val_images, names=data.names, batch_size=config.batch_size, device=world.device, progress=progress
     )
-    say(f"with inherited weights on {len(val_images)} validation images: AP {reached.ap:.3f}, AP50 {reached.ap50:.3f}")
+    say(f"with inherited weights on {len(val_images)} validation images: {told(task, reached)}")
 
     # Some of them trained on, and the page that shows it all.
     if config.retrain:
         rows = retrain(
+            task,
             shown[: config.retrain],
             lambda one: supernet.derive(one.architecture.picks).eval(),
             folder,
@@ -187,7 +204,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
             progress,
             say,
         )
-        say(f"\nAP on the validation images:\n{retrain_table(rows)}")
+        say(f"\n{task.titles[0]} on the validation images:\n{retrain_table(rows)}")
     page = write_report(folder)
     for path in (page, folder / "front.csv", folder / "front.png", folder / "best.yaml", folder / "best.pt"):
         say(str(path))
@@ -195,25 +212,39 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     return SearchResult(folder, tuple(found), tuple(front), folder / "best.pt", folder / "best.yaml", reached)
 
 
-def check_searchable(spec: ModelSpec) -> None:
-    """Raises a Fault where subnets cannot be judged by AP."""
-    task = task_of(spec)
-    if task.name != "detect":
-        raise Fault(f"{spec.path}: {task.network}; search.py judges subnets by AP, which detectors have")
+def told(task: Task, metrics: Any) -> str:
+    """``AP 0.312, AP50 0.581``, or ``top-1 0.904, top-5 0.991``; what is not a number is left out."""
+    numbers = {title: getattr(metrics, name) for title, name in zip(task.titles[:2], task.columns[:2], strict=True)}
+    return ", ".join(f"{title} {value:.3f}" for title, value in numbers.items() if not math.isnan(value))
 
 
-def split_train(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+def split_train(samples: Sequence[Sample], by_class: bool = False) -> tuple[list[Sample], list[Sample]]:
     """Images for the weights, and images for alphas and judging: disjoint, chosen by the hash of the file's name.
 
-    The second part is a fifth, at least 32 and at most 2,000 images, and never more than half.
+    The second part is a fifth, at least 32 and at most 2,000 images, and never more than half. With `by_class` each
+    class, which is that of an image's one box, gives its share.
     """
     ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.path.name.encode()).digest())
     count = round(JUDGING_PART * len(ranked))
     count = min(max(count, FEWEST_JUDGING), MOST_JUDGING, len(ranked) // 2)
     if count < 1:
         raise Fault(f"a search needs two or more training images, got {len(ranked)}")
+    if by_class:
+        ranked = spread_by_class(ranked)
     judging = {sample.path for sample in ranked[:count]}
     return [s for s in samples if s.path not in judging], [s for s in samples if s.path in judging]
+
+
+def spread_by_class(samples: Sequence[Sample]) -> list[Sample]:
+    """The same in such an order that any first part of them has its share of every class; else as they were."""
+    classes = [int(sample.labels[0]) for sample in samples]
+    sizes, seen = Counter(classes), Counter[int]()
+    places = []
+    for label in classes:
+        places.append((seen[label] + 0.5) / sizes[label])
+        seen[label] += 1
+    order = sorted(range(len(samples)), key=lambda index: places[index])
+    return [samples[index] for index in order]
 
 
 def find_latencies(

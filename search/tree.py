@@ -23,8 +23,8 @@ from data.dataset import ImageSet
 from data.loader import batches
 from engine.calibrate import calibrate_by
 from engine.evaluate import pixels
-from models.elastic import Elastic, ElasticSequential, elastic_leaves
-from models.network import Network, WithAux
+from models.elastic import Elastic, ElasticSequential, WithAux, elastic_leaves
+from models.network import Network
 from models.supernet import Supernet
 from search.space import Architecture, SearchSpace
 
@@ -61,7 +61,7 @@ def losses(
     found: dict[int, float] = {}
     with _left_as_it_was(supernet), remembering(network, space) as turn_to:
         network.eval()
-        start = [{-1: batch} for batch in calibration], [{-1: batch} for batch, _ in judging]
+        start = [{-1: batch} for batch in calibration], [Passed({-1: batch}, {}) for batch, _ in judging]
         held = [_advance(network, range(openings[0]), *start)]  # before each stage
         previous: Mapping[str, Any] | None = None
         for number in tqdm(sorted(set(wanted)), "loss of subnets", unit="subnet", disable=not progress, leave=False):
@@ -74,8 +74,9 @@ def losses(
             for rows in stages[level:]:
                 held.append(_advance(network, rows, *held[-1]))
             total = 0.0
-            for outputs, (batch, targets) in zip(held[-1][1], judging, strict=True):
-                total += len(batch) * float(network.loss_from(outputs[stages[-1][-1]], targets)[0])
+            for passed, (batch, targets) in zip(held[-1][1], judging, strict=True):
+                head = passed.outputs[stages[-1][-1]]
+                total += len(batch) * float(network.loss_from(head, targets, network.prices(passed.aux))[0])
             found[number] = total / len(images)
             previous = picks
     return np.array([found[number] for number in wanted], dtype=np.float64)
@@ -84,9 +85,17 @@ def losses(
 Outputs = dict[int, Any]  # of rows, for one batch: as `Network.run` takes and gives them
 
 
+@dataclass(frozen=True)
+class Passed:
+    """Where a judging batch stands: what later rows still need, and the auxiliary tensors of all rows behind it."""
+
+    outputs: Outputs
+    aux: Mapping[int, Any]
+
+
 def _advance(
-    network: Network, rows: range, calibration: Sequence[Outputs], judging: Sequence[Outputs]
-) -> tuple[list[Outputs], list[Outputs]]:
+    network: Network, rows: range, calibration: Sequence[Outputs], judging: Sequence[Passed]
+) -> tuple[list[Outputs], list[Passed]]:
     """Runs `rows` on the calibration batches, as training would, then on the judging ones with the statistics found."""
     calibrated: list[Outputs] = []
     calibrate_by(
@@ -94,7 +103,11 @@ def _advance(
         lambda outputs: calibrated.append(network.run(rows, outputs)[0]),
         calibration,
     )
-    return calibrated, [network.run(rows, outputs)[0] for outputs in judging]
+    judged = []
+    for passed in judging:
+        outputs, aux = network.run(rows, passed.outputs)
+        judged.append(Passed(outputs, {**passed.aux, **aux}))
+    return calibrated, judged
 
 
 @contextmanager

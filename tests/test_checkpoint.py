@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.structures import Fault
 from models.anchors import with_anchors
-from models.checkpoint import FORMAT, load_checkpoint, restore, save_checkpoint, warm_start
+from models.checkpoint import FORMAT, aligned, load_checkpoint, restore, save_checkpoint, warm_start
 from models.network import SUPERNETS, Network, build
 from models.parse import parse_text
 from models.supernet import Supernet
@@ -257,3 +257,40 @@ def test_a_warm_start_reaches_every_option():
     supernet = a_supernet("shared", count=2)
     loaded, missing = warm_start(supernet.network, a_network().state_dict())
     assert missing == [] and len(loaded) == len(supernet.network.state_dict())
+
+
+DENSE = """\
+nc: 3
+activation: relu
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 2, ResStage, [8, 1]]
+  - [-1, 2, ResStage, [16, 1, {dilation: 2}]]
+head:
+  - [-1, 1, Conv, [12, 3]]
+  - [-1, 1, SegHead, [nc]]
+"""
+SELECTIVE = DENSE.replace(
+    "  - [-1, 2, ResStage, [16, 1, {dilation: 2}]]\n",
+    "  - [-1, 1, MaskPredictor, [[4, 4, 4]]]\n  - [[1, 2], 2, SelStage, [16, {dilation: 2}]]\n"
+    "  - [[3, 2], 1, SelLoss, []]\n",
+)
+
+
+def test_weights_move_with_their_rows_where_others_were_put_between_them():
+    dense, selective = build(parse_text(DENSE)), build(parse_text(SELECTIVE))
+    _, missing = warm_start(selective, aligned(dense.state_dict(), selective))
+    assert {name.split(".")[1] for name in missing} == {"2", "4"}  # the predictor, and the batches that its loss saw
+    for ours, theirs in ((0, 0), (1, 1), (3, 2), (5, 3), (6, 4)):
+        state = dense.layers[theirs].state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in selective.layers[ours].state_dict().items())
+
+
+def test_weights_keep_their_rows_where_the_count_is_the_same_or_nothing_else_fits():
+    dense, selective = build(parse_text(DENSE)), build(parse_text(SELECTIVE))
+    state = dense.state_dict()
+    assert aligned(state, build(parse_text(DENSE.replace("nc: 3", "nc: 5")))) is state
+    wider = build(parse_text(SELECTIVE.replace("[8, 1]", "[24, 1]")))  # every tensor of row 1 has another shape
+    moved = aligned(state, wider)
+    assert torch.equal(moved["layers.1.blocks.0.conv1.weight"], state["layers.1.blocks.0.conv1.weight"])
+    assert aligned(selective.state_dict(), dense).keys() >= dense.state_dict().keys()

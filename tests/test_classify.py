@@ -111,10 +111,14 @@ def test_a_blend_of_two_images_is_half_of_each_class() -> None:
     torch.testing.assert_close(loss, -(y.log_softmax(1)[0, 0] + y.log_softmax(1)[0, 2]) / 2)
 
 
-def test_the_head_reads_one_map() -> None:
-    rows = "nc: 2\nbackbone:\n  - [-1, 1, Conv, [4, 3, 2]]\n  - [-1, 1, Conv, [4, 3, 2]]\nhead:\n"
-    with pytest.raises(Fault, match="the head reads one map, got 2"):
-        resolve(parse_text(f"{rows}  - [[0, 1], 1, Classify, [nc]]\n"))
+def test_the_head_reads_several_maps_as_the_means_of_all() -> None:
+    torch.manual_seed(0)
+    rows = "nc: 2\nbackbone:\n  - [-1, 1, Conv, [4, 3, 2]]\n  - [-1, 1, Conv, [6, 3, 2]]\nhead:\n"
+    head = build(parse_text(f"{rows}  - [[0, 1], 1, Classify, [nc]]\n")).head
+    fine, coarse = torch.randn(3, 4, 8, 8), torch.randn(3, 6, 4, 4)
+    parts = head.linear.weight.split([4, 6], dim=1)
+    by_hand = fine.mean((2, 3)) @ parts[0].T + coarse.mean((2, 3)) @ parts[1].T + head.linear.bias
+    torch.testing.assert_close(head([fine, coarse])[0], by_hand)
     with pytest.raises(Fault, match=re.escape("dropout=1.0 should be less than 1")):
         resolve(parse_text(f"{rows}  - [-1, 1, Classify, [nc, {{dropout: 1.0}}]]\n"))
     assert resolve(parse_text(MODEL)).nodes[-1].output == Shape(0, 8, "maps")
@@ -344,10 +348,12 @@ def test_options_that_mean_nothing_are_refused_by_each_door(
     assert wrong == "--box 2: the loss of Classify has no such option; it has --label-smoothing\n"
     wrong = told(train_door, "--cfg", model, "--data", data, "--single-cls")
     assert wrong == f"--single-cls: {data} has nothing but the classes of whole images; leave it out\n"
-    wrong = told(search, "--cfg", model, "--data", data)
-    assert wrong == f"{model}: a classifier; search.py judges subnets by AP, which detectors have\n"
-    assert export(["--weights", str(best), "--format", "torch"]) == 2
-    assert capsys.readouterr().err == f"{best}: a classifier; export.py writes detectors only\n"
+    assert told(search, "--cfg", model, "--data", data, "--mosaic", 1) == (
+        "--mosaic 1.0: means nothing to a classifier; leave it out\n"
+    )
+    for option in (["--nms"], ["--conf-thres", "0.5"], ["--max-det", "3"]):
+        assert export(["--weights", str(best), "--format", "torch", *option]) == 2
+        assert capsys.readouterr().err == f"{' '.join(option)}: means nothing to a classifier; leave it out\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -68,7 +68,7 @@ def test_names_stay_as_they_are_written(tmp_path: Path) -> None:
         ),
         (
             "train: t\nnames: [a]\nformat: vok\n",
-            ":3: format 'vok' is not known; one of yolo, voc, coco, folders; did you mean 'voc'?",
+            ":3: format 'vok' is not known; one of yolo, voc, coco, folders, masks; did you mean 'voc'?",
         ),
         ("names: [a]\n", ": none of train, val and test is given; add train: images/train"),
         ("train: {a: b}\nnames: [a]\n", ":1: train is a mapping; one text is right"),

@@ -73,6 +73,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "concat_act": ("leaky", "silu"),
     "cheap": (3, 5),
     "dilations": ((1, 2, 3), (2,)),
+    "repeats": (1, 2),
 }
 
 
@@ -138,6 +139,11 @@ ONE_SOURCE = {name: op for name, op in OPS.items() if not op.file and not op.is_
 SEARCHED = [name for name, op in ONE_SOURCE.items() if {"kernel", "act", "number"} & set(op.parameters)]
 
 
+# What an op asks for behind its channels, and those that halve their map, so they are there once.
+REST = {"A2C2f": "False, ", "ELAN1": "8, 8, ", "RepNCSPELAN4": "8, 8, ", "SPPELAN": "8, "}
+HALVES = ("Focus", "AConv", "ADown", "DownC", "SCDown", "Stem")
+
+
 def open_row(name: str, most: int) -> str:
     """A row with all open that the op may leave open, as far as that makes at most `most` combinations."""
     given = {
@@ -145,9 +151,9 @@ def open_row(name: str, most: int) -> str:
     }
     while 2 * math.prod(map(len, given.values())) > most:
         given.popitem()
-    number = "1" if name == "Focus" else "{choice: [1, 2]}"  # it halves its map, so it is there once
+    number = "1" if name in HALVES else "{choice: [1, 2]}"
     arguments = flow({argument: {"choice": options} for argument, options in given.items()})
-    return f"[-1, {number}, {name}, [16, {arguments}]]"
+    return f"[-1, {number}, {name}, [16, {REST.get(name, '')}{arguments}]]"
 
 
 def test_the_searched_ops_are_those_written_with_the_primitives():

@@ -39,7 +39,7 @@ class Seer(nn.Module):
     The mirrored box has a low score, so that there is something for thresholds to leave out.
     """
 
-    num_classes, max_stride = 2, 32
+    num_classes, max_stride, suppresses = 2, 32, True
 
     def __init__(self):
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from data.shapes import draw_image
 from data.structures import Detections, Fault
 from engine import export
 from engine.draw import write_image
+from engine.evaluate import main as val
 from engine.export import (
     CANDIDATES,
     OUTPUTS,
@@ -223,6 +225,163 @@ def assert_what_it_left_out_is_told(file: Path, weights: Path) -> None:
         with pytest.raises(Fault) as fault:
             model(picture, **asked)
         assert str(fault.value).startswith(told) and "export it again without --nms" in str(fault.value)
+
+
+CLASSIFIER = """
+nc: 3
+activation: silu
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, MBConv, [8, 3, 2, 4]]
+head:
+  - [-1, 1, Classify, [nc, {dropout: 0.2}]]
+"""
+
+
+def a_classifier() -> Network:
+    torch.manual_seed(0)
+    network = build(parse_text(CLASSIFIER)).eval()
+    scramble(network)
+    network.head.linear.weight.data.normal_(0, 2)
+    return network
+
+
+def test_a_file_of_a_classifier_ranks_as_the_network_does(kind, tmp_path, capsys):
+    weights = tmp_path / "best.pt"
+    save_checkpoint(weights, a_classifier(), NAMES, imgsz=SIZE)
+    code, said, errors = outcome(capsys, "--weights", weights, "--format", kind)
+    out = weights.with_suffix(export.ENDINGS[kind])
+    assert (code, errors) == (0, "")
+    wrote, parity, latency = said.splitlines()
+    shape = "[batch, 3, height, width], multiples of 4" if kind == "onnx" else "[batch, 3, 64, 64]"
+    assert wrote.startswith(f"{out}: {shape} -> scores; ") and latency.startswith("latency: torch ")
+    assert re.fullmatch(r"parity: scores \S+e-\d+, their logarithms \S+e-\d+ of the largest, 4 images", parity)
+    images, network, run = check_images(None, SIZE, crops=True), a_classifier(), read_file(out, kind)
+    for given in (images, images[:1], *([images[:2, :, :24]] if kind == "onnx" else [])):
+        with torch.no_grad():
+            wanted = network.predict(given)
+        (found,) = run(given)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.sum(dim=1), torch.ones(len(given)))
+    if kind == "torch":
+        return
+    about = onnx_says(out, ("scores",))
+    assert about["task"] == "classify" and "boxes" not in about and "nms" not in about
+    assert "its middle, a square of 7/8 of its shorter side" in about["input"]
+    (tmp_path / "pictures").mkdir()
+    for number, (height, width) in enumerate([(64, 64), (40, 100), (90, 33)]):
+        picture = draw_image(100, np.random.default_rng(number))[0][:height, :width]
+        write_image(tmp_path / "pictures" / f"{number}.png", picture)
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    for mine, other in zip(*(load(path)(pictures, batch_size=2) for path in (weights, out)), strict=True):
+        assert mine.labels.tolist() == other.labels.tolist() and other.names == tuple(NAMES)
+        np.testing.assert_allclose(other.scores, mine.scores, rtol=0, atol=1e-5)
+    rows = []
+    for path in (weights, out):
+        words = ["--weights", path, "--source", tmp_path / "pictures", "--project", tmp_path, "--name", path.suffix[1:]]
+        assert detect([str(word) for word in [*words, "--save-txt", "--nosave", "--device", "cpu"]]) == 0
+        rows.append([file.read_text() for file in sorted((tmp_path / path.suffix[1:] / "labels").iterdir())])
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+    for name in NAMES:
+        (tmp_path / "set" / name).mkdir(parents=True)
+        write_image(tmp_path / "set" / name / "a.png", draw_image(80, np.random.default_rng(len(name)))[0])
+    (tmp_path / "data.yaml").write_text(f"train: set\nval: set\nformat: folders\nnames: [{', '.join(NAMES)}]\n")
+    assert_same_measured(weights, out, tmp_path / "data.yaml", capsys)
+    squares = tmp_path / "squares.onnx"
+    assert outcome(capsys, "--weights", weights, "--format", kind, "--static", "-o", squares)[0] == 0
+    assert val(["--weights", str(squares), "--data", str(tmp_path / "data.yaml"), "--imgsz", "32"]) == 2
+    told = f"{squares}: takes images of 64 px only, not 32; export it without --static\n"
+    assert capsys.readouterr().err == told
+
+
+def assert_same_measured(weights: Path, file: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """val.py finds the same numbers with the file as with its checkpoint."""
+    found = []
+    for path in (weights, file):
+        project = data.parent / "measured"
+        words = ["--weights", path, "--data", data, "--project", project, "--name", path.suffix[1:], "--noplots"]
+        assert val([*map(str, words), "--save-json", "--device", "cpu"]) == 0, capsys.readouterr().err
+        metrics = json.loads((project / path.suffix[1:] / "metrics.json").read_text())
+        for part in metrics.values():
+            part.pop("ms_per_image", None)
+        found.append(metrics)
+    capsys.readouterr()
+    assert_near(*found)
+
+
+def assert_near(one: object, other: object) -> None:
+    if isinstance(one, dict):
+        assert isinstance(other, dict) and one.keys() == other.keys()
+        for name in one:
+            assert_near(one[name], other[name])
+    elif isinstance(one, list):
+        assert isinstance(other, list) and len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_near(*pair)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=1e-3)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda network: network.head.linear.bias.data.add_(torch.tensor([0.01, 0, 0])), "scores differ by "),
+        (lambda network: network.head.linear.weight.data.fill_(torch.nan), "scores differ by nan"),
+        # sure of itself, in other digits: scores hardly say it
+        (lambda network: network.head.linear.bias.data.add_(torch.tensor([90.0, 0, 0.01])), "logarithms of scores "),
+    ],
+)
+def test_a_file_that_is_another_classifier_is_told(change, told, tmp_path, capsys, monkeypatch):
+    mine, other = a_classifier(), a_classifier()
+    if "logarithms" in told:
+        mine.head.linear.bias.data.add_(torch.tensor([90.0, 0, 0]))
+        mine.head.linear.weight.data.mul_(0.01)
+        other.head.linear.weight.data.mul_(0.01)
+        for network in (mine, other):
+            network.head.linear.bias.data[0] -= 75
+    change(other)
+    save_checkpoint(tmp_path / "best.pt", mine, NAMES, imgsz=SIZE)
+    monkeypatch.setattr(export, "write_file", lambda path, *_: path.write_bytes(b"the new one"))
+    monkeypatch.setattr(export, "read_file", lambda path, kind, conf=None: lambda images: (other.predict(images),))
+    code, said, errors = outcome(capsys, "--weights", tmp_path / "best.pt", "--format", "torch")
+    assert (code, said) == (2, "") and "was not written: not the same: " in errors and told in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+SSD = """
+nc: 3
+activation: relu
+backbone:
+  - [-1, 1, Conv, [8, 3, 4]]
+  - [-1, 1, CABlock, [12, {stride: 2}]]
+head:
+  - [-1, 1, CABlock, [12, {stride: 2}]]
+  - [[2, 1], 1, UpFusion, [12, 2]]
+  - [[3, 2], 1, DownFusion, [12, 2]]
+  - [[3, 4], 1, SSDHead, [nc]]
+"""
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["plain", "nms"])
+def test_a_file_of_an_ssd_head_finds_what_the_network_finds(kind, inside, tmp_path, capsys):
+    torch.manual_seed(0)
+    network = build(parse_text(SSD)).eval()
+    scramble(network)
+    weights = tmp_path / "best.pt"
+    save_checkpoint(weights, network, NAMES, imgsz=SIZE)
+    options = ["--nms", "--conf-thres", 0.15, "--max-det", 20] if inside else []
+    code, said, errors = outcome(capsys, "--weights", weights, "--format", kind, *options)
+    assert (code, errors) == (0, "")
+    parity = re.search(r"parity: boxes (\S+), scores (\S+) of their largest; (\d+) detections", said)
+    assert parity and float(parity[1]) < 1e-4 and float(parity[2]) < 1e-4 and int(parity[3]) > 5
+    if kind == "onnx":  # another size than the one it was checked at, and one object the same way by both
+        picture = draw_image(96, np.random.default_rng(1))[0]
+        asked = {"conf": 0.15, "max_det": 20}
+        mine, other = (load(path, imgsz=96)(picture, **asked) for path in (weights, weights.with_suffix(".onnx")))
+        assert mine.labels.tolist() == other.labels.tolist() and len(mine)
+        np.testing.assert_allclose(other.boxes, mine.boxes, rtol=0, atol=1e-3)
 
 
 # ---- suppression inside the file

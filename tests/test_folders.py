@@ -123,7 +123,10 @@ def test_what_was_read_is_kept_and_forgotten_when_an_image_moves(
         ("train: nowhere\nformat: folders\n", "{place}/nowhere does not exist"),
         ("train: few.txt\nformat: folders\n", "{place}/few.txt is no folder of classes; list the classes: names: ["),
         ("train: train\nformat: folders\nnames: [beach]\n", "one class, 'beach'; two or more can be told apart"),
-        ("train: train\nformat: folder\n", "format 'folder' is not known; one of yolo, voc, coco, folders; did you"),
+        (
+            "train: train\nformat: folder\n",
+            "format 'folder' is not known; one of yolo, voc, coco, folders, masks; did you",
+        ),
     ],
 )
 def test_what_is_no_set_of_classes_is_told(place: Path, text: str, said: str) -> None:

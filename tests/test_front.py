@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.tasks import DETECT
 from models.spec import Choice
 from search.costs import Budget
 from search.front import (
     Judged,
-    ap_error,
     draw_front,
     front_table,
     hypervolume,
@@ -25,6 +25,7 @@ from search.front import (
     numbered,
     on_front,
     ranks,
+    score_error,
     ties,
     write_front,
 )
@@ -98,8 +99,8 @@ def test_a_tie_is_judged_by_the_difference_on_the_same_images():
     cheap, middle = judged(0, 0.275, 1, tuple(easy)), judged(1, 0.285, 2, tuple(easy + 0.01))
     # d - mean d = -.02 .02 -.02 .02: se^2 = 3/4 * .0016, se = .0346, 1.96 se = .068 > .005
     dear = judged(2, 0.290, 3, tuple(easy + 0.01 + np.array([-0.02, 0.02, -0.02, 0.02])))
-    assert jackknife_error(np.subtract(dear.ap_without, middle.ap_without)) == pytest.approx(math.sqrt(0.0012))
-    assert ap_error(cheap) == pytest.approx(ap_error(middle)) == pytest.approx(math.sqrt(0.75 * 0.0125))
+    assert jackknife_error(np.subtract(dear.without, middle.without)) == pytest.approx(math.sqrt(0.0012))
+    assert score_error(cheap) == pytest.approx(score_error(middle)) == pytest.approx(math.sqrt(0.75 * 0.0125))
     assert ties([cheap, middle, dear], [True, True, True]) == [(), (), (0, 1)]
     assert ties([cheap, middle, dear], [True, False, True]) == [(), (), (0,)], "a tie is between points of the front"
 
@@ -108,7 +109,7 @@ def test_equal_subnets_are_in_a_tie_and_unmeasured_ones_are_not():
     same = [judged(0, 0.3, 1, (0.3, 0.3)), judged(1, 0.3, 1, (0.3, 0.3))]
     assert ties(same, [True, True]) == [(1,), (0,)]
     assert ties([judged(0, 0.3, 1), judged(1, 0.3, 1)], [True, True]) == [(), ()]
-    assert math.isnan(ap_error(judged(0, 0.3, 1)))
+    assert math.isnan(score_error(judged(0, 0.3, 1)))
 
 
 def test_the_knee_is_farthest_above_the_chord():
@@ -130,7 +131,7 @@ def test_the_file_holds_every_judged_subnet_with_ties_errors_and_picks(tmp_path)
         judged(4, 0.305, 2e6, (0.32, 0.29), latency_ms=3.0, latency_table_ms=3.0),
         judged(5, 0.2, 3e6, (0.2, 0.2), latency_ms=4.0, latency_table_ms=4.0),
     ]
-    write_front(tmp_path / "front.csv", SPACE, rows, on_front(rows, ["macs"]))
+    write_front(tmp_path / "front.csv", DETECT, SPACE, rows, on_front(rows, ["macs"]))
     with open(tmp_path / "front.csv", newline="") as file:
         found = list(csv.reader(file))
     assert found == [
@@ -143,7 +144,7 @@ def test_the_file_holds_every_judged_subnet_with_ties_errors_and_picks(tmp_path)
 
 def test_the_table_shows_ties_and_errors_lowest_ap_first():
     rows = [judged(4, 0.305, 2e6, (0.32, 0.29)), judged(1, 0.3, 1e6, (0.3, 0.31)), judged(5, 0.2, 3e6)]
-    assert front_table(rows, on_front(rows, ["macs"])).splitlines() == [
+    assert front_table(DETECT, rows, on_front(rows, ["macs"])).splitlines() == [
         "subnet     AP     +-   AP50  tie with  macs    params",
         "------  -----  -----  -----  --------  ------  ------",
         "1       0.300  0.005  0.600  -         1.000M  0.000M",
@@ -161,7 +162,7 @@ def test_a_front_is_drawn_with_and_without_errors(tmp_path, metrics):
         ap = 0.3 + 0.01 * number
         without = tuple(ap + rng.normal(0, 0.01, 10)) if number % 2 else ()
         rows.append(judged(number, ap, 1e9 + 1e8 * number, without, latency_ms=5.0 + number))
-    draw_front(tmp_path / "front.png", rows, on_front(rows, metrics), metrics, 5, [Budget("latency_ms", 20.0)])
-    draw_front(tmp_path / "one.png", rows[:1], [True], metrics, 0, [])
+    draw_front(tmp_path / "front.png", DETECT, rows, on_front(rows, metrics), metrics, 5, [Budget("latency_ms", 20.0)])
+    draw_front(tmp_path / "one.png", DETECT, rows[:1], [True], metrics, 0, [])
     for name in ("front.png", "one.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"

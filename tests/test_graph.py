@@ -269,7 +269,8 @@ def test_an_unknown_default_activation_is_told_once_where_it_stands():
 def test_a_model_ends_in_its_head():
     assert told(changed(DETECT, "[-1, 1, Conv, [8]]")) == [
         "bad.yaml:9:5 layer 3 [-1, 1, Conv, [8]]: a model's last row is its head, "
-        "Classify or DFLDetect or SSDHead or Detect; here it is Conv"
+        "Classify, Detect, DFLDetect, DualDDetect, IAuxDetect, "
+        "IDetect, SegHead, SSDHead, TripleDDetect, v10Detect or YOLOXHead; here it is Conv"
     ]
     early = [f"bad.yaml:9:5 layer 3 {DETECT}: a head is a model's last row; rows behind this one: 1"]
     assert told(GOOD + "  - [-1, 1, Conv, [8]]\n") == early  # and no word about what the row reads

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_masks import draw_data as draw_masks
+from test_search import draw_classes
 from torch import nn
 
 from data.augment import Augment
@@ -16,13 +19,18 @@ from data.config import read_data_spec
 from data.dataset import ImageSet
 from data.readers import read_split
 from data.shapes import draw_shapes
-from data.structures import Detections, Sample
+from data.structures import Detections, Fault, Sample
 from engine.calibrate import calibrate, calibrate_by
+from engine.classify import class_metrics
 from engine.evaluate import JACKKNIFE_GROUPS, calibration_images, coco_metrics, evaluate, jackknife_ap
+from engine.segment import seg_metrics
+from engine.tasks import evaluate as evaluate_task
+from engine.tasks import task_of
 from models.parse import parse_text
 from models.supernet import Supernet
 from search import judge as module
-from search.judge import first_choice, judge
+from search.front import jackknife_error
+from search.judge import first_choice, jackknife_miou, jackknife_top1, judge
 from search.space import SearchSpace
 
 SEARCHED = """
@@ -35,6 +43,15 @@ backbone:
 head:
   - [-1, 1, Conv, [8, 3, 1, {act: {choice: [relu, leaky, mish]}}]]
   - [-1, 1, Detect, [nc, anchors]]
+"""
+OTHERS = """
+nc: 3
+activation: relu
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+head:
+  - [-1, 1, Conv, [8, 3, 2, {{act: {{choice: [relu, mish]}}}}]]
+  - [-1, 1, {}, [nc]]
 """
 NAMES = list("abcde")
 DEVICE = torch.device("cpu")
@@ -86,7 +103,37 @@ def test_judging_together_equals_calibrating_and_measuring_one_by_one(images, ca
             torch.testing.assert_close(tensor, alone.state_dict()[name], rtol=1e-5, atol=1e-6)
         assert not network.training
         assert verdict.metrics.ap == pytest.approx(expected.ap, abs=1e-6)
-        assert len(verdict.ap_without) == 3
+        assert len(verdict.without) == 3
+
+
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_classifiers_and_segmenters_are_judged_as_they_are_measured_alone(task, calibration, tmp_path):
+    data = read_data_spec({"classify": draw_classes, "segment": draw_masks}[task](tmp_path))
+    images = ImageSet(read_split(data, "train").samples, 48, crop=task == "classify")
+    torch.manual_seed(0)
+    net = Supernet(parse_text(OTHERS.format({"classify": "Classify", "segment": "SegHead"}[task])), "shared").eval()
+    space = SearchSpace.of(net.spec)
+    picked = [space.at(number).picks for number in range(space.size)]
+    together = [net.derive(picks) for picks in picked]
+    found = judge(together, 1, calibration, images, names=data.names, batch_size=4, device=DEVICE, progress=False)
+    score = task_of(net.spec).columns[0]
+    for picks, verdict in zip(picked, found, strict=True):
+        alone = net.derive(picks)
+        calibrate(alone, calibration)
+        expected = evaluate_task(alone, images, names=data.names, batch_size=4, progress=False)
+        for name in task_of(net.spec).columns:
+            assert getattr(verdict.metrics, name) == pytest.approx(getattr(expected, name), abs=1e-6, nan_ok=True)
+        groups = min(JACKKNIFE_GROUPS, len(images) // 2)
+        assert len(verdict.without) == groups and 0 <= getattr(expected, score) <= 1
+        kept = ImageSet([s for n, s in enumerate(images.samples) if n % groups], 48, crop=task == "classify")
+        left = evaluate_task(alone, kept, names=data.names, batch_size=4, progress=False)
+        assert verdict.without[0] == pytest.approx(getattr(left, score), abs=1e-6)
+
+
+def test_a_head_that_no_search_judges_is_refused(monkeypatch):
+    monkeypatch.delitem(module.JUDGINGS, "detect")
+    with pytest.raises(Fault, match="a detector; search.py judges networks that classify or segment"):
+        module.judging_of(parse_text(SEARCHED))
 
 
 def test_ctrl_c_keeps_the_subnets_that_were_finished(images, calibration, monkeypatch):
@@ -101,7 +148,7 @@ def test_ctrl_c_keeps_the_subnets_that_were_finished(images, calibration, monkey
             raise KeyboardInterrupt
         return jackknife_ap(*given)
 
-    monkeypatch.setattr(module, "jackknife_ap", interrupted)
+    monkeypatch.setitem(module.JUDGINGS, "detect", replace(module.JUDGINGS["detect"], measured=interrupted))
     with pytest.raises(KeyboardInterrupt):
         judged(networks, images, calibration, done=finished.__setitem__)
     assert list(finished) == [0, 1]
@@ -157,6 +204,47 @@ def test_without_the_only_object_there_is_nothing_to_measure(backend):
     seen = Detections(torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([0.5]), torch.zeros(1).long())
     metrics, without = jackknife_ap([one, *[nothing] * 3], [seen, *[blind] * 3], ["a"], backend=backend)
     assert metrics.ap == pytest.approx(1) and math.isnan(without[0]) and without[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [4, 13, 20, 31])
+def test_top_1_without_a_group_is_that_of_the_other_images(count):
+    rng = np.random.default_rng(count)
+    labels, scores = rng.integers(0, 3, count), rng.dirichlet(np.ones(3), count).astype(np.float32)
+    scores[::4] = 1 / 3  # of equals the first class counts
+    samples = [Sample(Path("a"), np.zeros((1, 4), np.float32), labels[n : n + 1]) for n in range(count)]
+    metrics, without = jackknife_top1(samples, list(scores), list("abc"))
+    assert metrics.top1 == class_metrics(labels, scores, list("abc")).top1
+    groups = min(JACKKNIFE_GROUPS, count // 2)
+    assert len(without) == groups
+    for group, top1 in enumerate(without):
+        kept = [n for n in range(count) if n % groups != group]
+        assert top1 == pytest.approx(class_metrics(labels[kept], scores[kept], list("abc")).top1, abs=1e-12)
+        right = [max(range(3), key=lambda label, n=n: scores[n, label]) == labels[n] for n in kept]
+        assert top1 == pytest.approx(sum(right) / len(kept), abs=1e-12)
+
+
+def test_the_error_of_top_1_is_that_of_a_share():
+    """Of 40 images in 10 groups, 4 to a group, all of the last two groups are wrong."""
+    samples = [Sample(Path("a"), np.zeros((1, 4), np.float32), np.array([int(n % 10 >= 8)])) for n in range(40)]
+    metrics, without = jackknife_top1(samples, [np.array([0.9, 0.1], np.float32)] * 40, ["a", "b"])
+    assert metrics.top1 == 0.8 and without == pytest.approx([28 / 36] * 8 + [32 / 36] * 2)
+    # shares of groups 1 x 8, 0 x 2: the standard error of their mean is sqrt(.8 * .2 / 9)
+    assert jackknife_error(without) == pytest.approx(math.sqrt(0.16 / 9))
+    for count in (1, 3):
+        assert jackknife_top1(samples[:count], [np.array([0.9, 0.1])] * count, ["a", "b"])[1] == ()
+
+
+def test_miou_without_a_group_is_that_of_the_other_images():
+    rng = np.random.default_rng(0)
+    confusions = [rng.integers(0, 9, (3, 3)) for _ in range(13)]
+    samples = [Sample(Path("a"), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))] * 13
+    metrics, without = jackknife_miou(samples, confusions, list("abc"))
+    assert metrics.miou == seg_metrics(np.stack(confusions), list("abc")).miou and len(without) == 6
+    for group, miou in enumerate(without):
+        total = sum(one for n, one in enumerate(confusions) if n % 6 != group)
+        shares = [total[k, k] / (total[k].sum() + total[:, k].sum() - total[k, k]) for k in range(3)]
+        assert miou == pytest.approx(sum(shares) / 3)
+    assert jackknife_error(without) == pytest.approx(metrics.miou_error)
 
 
 # ---- calibration

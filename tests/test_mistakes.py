@@ -208,7 +208,8 @@ MISTAKES = {
         ("  - [[14, 17, 20], 1, Detect, [nc, anchors]]  # 21\n", ""),
         [
             "29:5 layer 20 [-1, 1, C3, [256]]: a model's last row is its head, "
-            "Classify or DFLDetect or SSDHead or Detect; here it is C3"
+            "Classify, Detect, DFLDetect, DualDDetect, IAuxDetect, "
+            "IDetect, SegHead, SSDHead, TripleDDetect, v10Detect or YOLOXHead; here it is C3"
         ],
     ),
     "groups that do not divide": (

@@ -34,7 +34,7 @@ class Toy(Supernet):
         self.alphas = nn.ParameterList(torch.zeros(len(decision.options)) for decision in decisions)
         self.loss, self.gates = loss, gates
 
-    def gate_gradients(self, picks, loss, among=None) -> tuple[Tensor, dict[str, Tensor]]:
+    def gate_gradients(self, picks, loss, among=None, targets=None) -> tuple[Tensor, dict[str, Tensor]]:
         found = {}
         for decision, gates in zip(self.decisions, self.gates, strict=True):
             looked = [option in (among or self._all)[decision.name] for option in decision.options]
@@ -58,7 +58,7 @@ def priced(limit: float) -> dict:
 # ---- hinge
 
 
-def test_the_detection_loss_moves_alphas_by_its_gradient_over_its_mean():
+def test_the_loss_moves_alphas_by_its_gradient_over_its_mean():
     """p = .5, .5 and g = 3, 1: dL/dalpha = p (g - 2) = .5, -.5, of a loss that is its own mean 4."""
     toy = Toy([KERNEL], 4.0, (3.0, 1.0))
     value, prices = step(toy)

@@ -28,6 +28,15 @@ backbone:
   - [-1, 1, Conv, [16, 3, 2]]
 head:
 """
+# The same for ops under a mask: 0 gives 16 channels at stride 4, 1 a mask of patches of 2 x 2 of its cells.
+MASKED_FRONT = """\
+nc: 3
+anchors: 2
+backbone:
+  - [-1, 1, Conv, [16, 3, 4]]
+  - [-1, 1, MaskPredictor, [[8, 8, 8]]]
+head:
+"""
 ROW = 2  # the index of the row that is looked at
 # At least one row for every op; the corners of its Shape rule are worth one each.
 EXAMPLES = {
@@ -75,8 +84,25 @@ EXAMPLES = {
     ],
     "VoVCSP": ["[-1, 1, VoVCSP, [12]]", "[-1, 2, VoVCSP, [16]]"],
     "SPP": ["[-1, 1, SPP, [12]]", "[-1, 1, SPP, [16, [3]]]"],
-    "SPPF": ["[-1, 1, SPPF, [12]]", "[-1, 1, SPPF, [16, 3]]"],
+    "SPPF": [
+        "[-1, 1, SPPF, [12]]",
+        "[-1, 1, SPPF, [16, {shortcut: True, first_act: identity}]]",
+        "[-1, 1, SPPF, [16, 3]]",
+    ],
     "SPPCSP": ["[-1, 1, SPPCSP, [12]]", "[-1, 1, SPPCSP, [16, 0.25, [3, 7]]]"],
+    "ASPP": ["[-1, 1, ASPP, [16]]", "[-1, 1, ASPP, [12, [2, 3], {dropout: 0, eps: 1e-3}]]"],
+    "ResStage": [
+        "[-1, 1, ResStage, [12]]",
+        "[-1, 2, ResStage, [16, 2, {block: bottleneck}]]",
+        "[-1, 2, ResStage, [16, 1, {dilation: 2, eps: 1e-3}]]",
+    ],
+    "AttentionBranch": [
+        "[-1, 1, AttentionBranch, [nc]]",
+        "[-1, 1, AttentionBranch, [nc, 1, 2, {blocks: abn, task: classes}]]",
+        "[-1, 1, AttentionBranch, [nc, {blocks: none}]]",
+    ],
+    "FAL": ["[-1, 1, FAL, [nc, 1]]"],
+    "Add": ["[[-1, 1], 1, Add, []]"],
     "Concat": ["[[-1, 1], 1, Concat, [1]]", "[[-1], 1, Concat, []]"],
     "nn.Upsample": [
         "[-1, 1, nn.Upsample, []]",
@@ -92,16 +118,98 @@ EXAMPLES = {
     ],
     "nn.ZeroPad2d": ["[-1, 1, nn.ZeroPad2d, [[1, 0, 0, 1]]]", "[-1, 1, nn.ZeroPad2d, [[1, 2, 2, 1]]]"],
     "Detect": ["[[0, 1], 1, Detect, [nc, anchors]]"],
-    "DFLDetect": ["[[0, 1], 1, DFLDetect, [nc]]", "[[0, 1], 1, DFLDetect, [nc, 4, {act: relu}]]"],
-    "Classify": ["[-1, 1, Classify, [nc]]", "[-1, 1, Classify, [nc, {dropout: 0.5}]]"],
+    "A2C2f": [
+        "[-1, 2, A2C2f, [12, False]]",
+        "[-1, 1, A2C2f, [64, True, 4]]",
+        "[-1, 1, A2C2f, [16, True, 1, True, 1.2, 2.0]]",
+    ],
+    "AConv": ["[-1, 1, AConv, [12]]"],
+    "ADown": ["[-1, 1, ADown, [12]]"],
+    "BottleneckCSPB": ["[-1, 1, BottleneckCSPB, [12, {block: residual, groups: 2, shortcut: True}]]"],
+    "BottleneckCSPC": [
+        "[-1, 1, BottleneckCSPC, [12]]",
+        "[-1, 2, BottleneckCSPC, [16, True, 4, {block: residual, squeeze: 1.0}]]",
+    ],
+    "BottleneckCSPF": ["[-1, 2, BottleneckCSPF, [12]]"],
+    "C2": ["[-1, 2, C2, [12]]"],
+    "C2PSA": ["[-1, 2, C2PSA, [16]]"],
+    "C2fCIB": ["[-1, 1, C2fCIB, [12]]", "[-1, 2, C2fCIB, [12, True, True]]"],
+    "C3k2": [
+        "[-1, 1, C3k2, [12]]",
+        "[-1, 2, C3k2, [12, True, 0.75]]",
+        "[-1, 1, C3k2, [16, False, 0.5, True, 2, False]]",
+    ],
+    "CBFuse": ["[[1, 0], 1, CBFuse, [[4]]]"],
+    "CBLinear": ["[-1, 1, CBLinear, [[8, 12]]]"],
+    "DWT": ["[-1, 1, DWT, []]"],
+    "DownC": ["[-1, 1, DownC, [12]]"],
+    "DualDDetect": ["[[0, 1, 0, 1], 1, DualDDetect, [nc]]"],
+    "ELAN1": ["[-1, 1, ELAN1, [12, 8, 5]]"],
+    "IAuxDetect": ["[[0, 1, 0, 1], 1, IAuxDetect, [nc, anchors]]"],
+    "IDetect": ["[[0, 1], 1, IDetect, [nc, anchors]]"],
+    "PSA": ["[-1, 1, PSA, [16]]"],
+    "ReOrg": ["[-1, 1, ReOrg, []]"],
+    "RepC3": ["[-1, 2, RepC3, [12, 0.5]]", "[-1, 1, RepC3, [12]]"],
+    "RepConv": [
+        "[-1, 1, RepConv, [16]]",
+        "[-1, 1, RepConv, [12, 3, 2, 4]]",
+        "[-1, 1, RepConv, [16, 5, 1, 16, {beside: 3, identity: False}]]",
+    ],
+    "RepNCSPELAN4": ["[-1, 1, RepNCSPELAN4, [12, 8, 6, 2]]"],
+    "SCDown": ["[-1, 1, SCDown, [12]]", "[-1, 1, SCDown, [16, 5, 1]]"],
+    "SPPCSPC": ["[-1, 1, SPPCSPC, [12, 0.25, [3, 7]]]"],
+    "SPPELAN": ["[-1, 1, SPPELAN, [12, 6]]"],
+    "Stem": ["[-1, 1, Stem, [12]]"],
+    "TripleDDetect": ["[[0, 1, 0, 1, 0, 1], 1, TripleDDetect, [nc, 4]]"],
+    "nn.ConvTranspose2d": ["[-1, 1, nn.ConvTranspose2d, [12]]", "[-1, 1, nn.ConvTranspose2d, [12, 6, 4, 1]]"],
+    "nn.Identity": ["[-1, 2, nn.Identity, []]"],
+    "v10Detect": ["[[0, 1], 1, v10Detect, [nc]]", "[[0, 1], 1, v10Detect, [nc, 1]]"],
+    "DFLDetect": [
+        "[[0, 1], 1, DFLDetect, [nc]]",
+        "[[0, 1], 1, DFLDetect, [nc, 4, {widths: v9, light: True, groups: 2}]]",
+        "[[0, 1], 1, DFLDetect, [nc, 4, {act: relu}]]",
+    ],
+    "Classify": [
+        "[-1, 1, Classify, [nc]]",
+        "[-1, 1, Classify, [nc, {dropout: 0.5}]]",
+        "[[0, 1], 1, Classify, [nc]]",
+    ],
+    "SeparableConv": ["[-1, 1, SeparableConv, [12]]", "[-1, 1, SeparableConv, [16, 5, 2]]"],
+    "C3Separable": ["[-1, 1, C3Separable, [12]]", "[-1, 2, C3Separable, [16, False, 0.75]]"],
+    "YOLOXHead": ["[[0, 1], 1, YOLOXHead, [nc]]", "[[0, 1], 1, YOLOXHead, [nc, True, {act: relu}]]"],
+    "MaskPredictor": ["[-1, 1, MaskPredictor, []]", "[-1, 1, MaskPredictor, [[8, 4, 4], 4, False, {low: 0.2}]]"],
+    "MaskedDownsample": ["[[0, 1], 1, MaskedDownsample, []]", "[[0, 1], 1, MaskedDownsample, [softmax]]"],
+    "SelConv": [
+        "[[0, 1], 1, SelConv, [12]]",
+        "[[0, 1], 1, SelConv, [8, 5, {pool: max, groups: 4}]]",
+        "[[0, 1], 1, SelConv, [8, 3, transition]]",
+    ],
+    "SelStage": [
+        "[[0, 1], 1, SelStage, [12]]",
+        "[[0, 1], 2, SelStage, [16, {block: bottleneck, pool: avg}]]",
+        "[[0, 1], 2, SelStage, [16, {dilation: 4, pool: keep}]]",
+    ],
+    "SelLoss": ["[[0, 1], 1, SelLoss, []]", "[[0, 1], 1, SelLoss, [0.5, {target: 0.3, ramp: 100}]]"],
+    "SegHead": ["[-1, 1, SegHead, [nc]]"],
     "SSDHead": ["[[0, 1], 1, SSDHead, [nc]]", "[[0, 1], 1, SSDHead, [nc, anchors, {match: 0.4}]]"],
 }
 HEADS = {  # what a head gives for the images before rows and columns, and for a cell; None: classes of an image
+    "[-1, 1, SegHead, [nc]]": ((3,), ()),
     "[-1, 1, Classify, [nc]]": None,
     "[-1, 1, Classify, [nc, {dropout: 0.5}]]": None,
+    "[[0, 1], 1, Classify, [nc]]": None,
     "[[0, 1], 1, Detect, [nc, anchors]]": ((2,), 5 + 3),
     "[[0, 1], 1, DFLDetect, [nc]]": ((), 4 * 16 + 3),
     "[[0, 1], 1, DFLDetect, [nc, 4, {act: relu}]]": ((), 4 * 4 + 3),
+    "[[0, 1], 1, DFLDetect, [nc, 4, {widths: v9, light: True, groups: 2}]]": ((), 4 * 4 + 3),
+    "[[0, 1, 0, 1], 1, DualDDetect, [nc]]": ((), 4 * 16 + 3),
+    "[[0, 1, 0, 1, 0, 1], 1, TripleDDetect, [nc, 4]]": ((), 4 * 4 + 3),
+    "[[0, 1], 1, v10Detect, [nc]]": ((), 4 * 16 + 3),
+    "[[0, 1], 1, v10Detect, [nc, 1]]": ((), 4 + 3),
+    "[[0, 1], 1, IDetect, [nc, anchors]]": ((2,), 5 + 3),
+    "[[0, 1, 0, 1], 1, IAuxDetect, [nc, anchors]]": ((2,), 5 + 3),
+    "[[0, 1], 1, YOLOXHead, [nc]]": ((), 5 + 3),
+    "[[0, 1], 1, YOLOXHead, [nc, True, {act: relu}]]": ((), 5 + 3),
     "[[0, 1], 1, SSDHead, [nc]]": ((4,), 4 + 1 + 3),
     "[[0, 1], 1, SSDHead, [nc, anchors, {match: 0.4}]]": ((2,), 4 + 1 + 3),
 }
@@ -111,6 +219,9 @@ EVENED = {
     "[-1, 1, nn.ZeroPad2d, [[1, 0, 0, 1]]]": "  - [-1, 1, nn.MaxPool2d, [2, 1]]\n",
     "[-1, 1, nn.ZeroPad2d, [[1, 2, 2, 1]]]": "  - [-1, 1, nn.MaxPool2d, [4, 1]]\n",
 }
+# What reads the output of a row that no head can read.
+READERS = {row: "  - [[1, 2], 1, SelLoss, []]\n" for row in EXAMPLES["MaskPredictor"]}
+UNDER_MASK = [row for name, rows in EXAMPLES.items() if "mask" in (OPS[name].takes or ()) for row in rows]
 ROWS = [row for rows in EXAMPLES.values() for row in rows]
 # What a test leaves open where an op may choose.
 OPTIONS = {
@@ -120,13 +231,14 @@ OPTIONS = {
     "concat_act": ("relu", "leaky", "mish"),
     "dilations": ((1, 2), (1, 3, 2)),
     "number": (1, 2),
+    "repeats": (1, 2),
 }
 
 
 def spec_with(row: str) -> ModelSpec:
     """A model whose row 2 is `row`."""
-    rest = "" if row in HEADS else f"{EVENED.get(row, '')}  - [-1, 1, Detect, [nc, anchors]]\n"
-    return parse_text(f"{FRONT}  - {row}\n{rest}")
+    rest = "" if row in HEADS else f"{EVENED.get(row, '')}{READERS.get(row, '')}  - [-1, 1, Detect, [nc, anchors]]\n"
+    return parse_text(f"{MASKED_FRONT if row in UNDER_MASK else FRONT}  - {row}\n{rest}")
 
 
 def opened(row: str) -> ModelSpec | None:
@@ -146,7 +258,8 @@ def opened(row: str) -> ModelSpec | None:
     if "kernel" in given:
         given.pop("padding", None)
     repeats: int | Choice = 1
-    if "number" in node.op.parameters or ("c_in" in node.op.parameters and node.output == node.inputs[0]):
+    repeated = "c_in" in node.op.parameters and node.output == node.inputs[0]
+    if "number" in node.op.parameters or (repeated and not hasattr(node.op.module, "aux_loss")):
         repeats = Choice(f"{ROW}.number", OPTIONS["number"])
     layer = replace(spec.layers[ROW], repeats=repeats, args=(), kwargs=given)
     return replace(spec, layers=(*spec.layers[:ROW], layer, *spec.layers[ROW + 1 :])) if layer.choices else None
@@ -190,7 +303,9 @@ def test_declared_shape_is_the_real_shape(row):
             assert [x.shape for x in y] == [(2, 3)]
             return
         before, last = HEADS[row]
-        assert [x.shape for x in y] == [(2, *before, 64 // s.stride, 96 // s.stride, last) for s in node.inputs]
+        behind = (last,) if isinstance(last, int) else last
+        each = [(2, *before, 64 // s.stride, 96 // s.stride, *behind) for s in node.inputs]
+        assert [x.shape for x in y] == each * (2 if node.op.name == "v10Detect" else 1)  # which answers twice
     else:
         shape = node.output
         assert y.shape == (2, shape.channels, *(size // shape.stride + shape.margin for size in (64, 96)))
@@ -223,7 +338,7 @@ def test_every_option_is_the_plain_op_with_the_same_weights(row, supernet):
 def test_each_op_that_has_a_kernel_or_an_activation_may_leave_it_open():
     blocks = {name: op for name, op in OPS.items() if not op.is_head}
     for name, op in blocks.items():
-        for argument in OPTIONS.keys() & op.parameters.keys():
+        for argument in OPTIONS.keys() & op.parameters.keys() - ({"dilations"} if name == "ASPP" else set()):
             assert op.may_choose(argument), f"{name}: {argument} is not written as Kernel, Act or Count"
     assert {spec_with(row).layers[ROW].op for row in OPEN} >= {n for n, op in blocks.items() if "act" in op.parameters}
 
@@ -235,8 +350,8 @@ def test_a_head_has_no_choices():
             resolve(parse_text(f"{FRONT}  - {row}\n"))
         value = argument.replace(": ", "=", 1)
         assert str(fault.value) == (
-            f"<text>:7:5 layer 2 {row}: DFLDetect(num_classes, bins=16, *, act=silu): a head has no choices, the rows "
-            f"before it may; got {value}"
+            f"<text>:7:5 layer 2 {row}: DFLDetect(num_classes, bins=16, *, widths=v8, light=False, groups=1, act=silu)"
+            f": a head has no choices, the rows before it may; got {value}"
         )
 
 

@@ -235,8 +235,8 @@ def test_a_loss_that_is_no_number_stops_the_search(
 ) -> None:
     real, calls = training.Network.loss_from, [0]
 
-    def loss_from(self: Any, outputs: Any, targets: Any) -> Any:
-        loss, parts = real(self, outputs, targets)
+    def loss_from(self: Any, outputs: Any, targets: Any, *aux: Any) -> Any:
+        loss, parts = real(self, outputs, targets, *aux)
         calls[0] += 1
         return (loss * float("nan") if calls[0] == call else loss), parts
 

@@ -307,8 +307,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, call: int, value: float) -> None:
     """The ``call``-th loss of a run is multiplied by ``value``."""
     real, calls = Network.loss_from, [0]
 
-    def loss_from(self: Network, outputs: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, parts = real(self, outputs, targets)
+    def loss_from(self: Network, outputs: Any, targets: Any, *aux: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, parts = real(self, outputs, targets, *aux)
         calls[0] += 1
         return (loss * value, {**parts, "obj": parts["obj"] * value}) if calls[0] == call else (loss, parts)
 

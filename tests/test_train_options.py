@@ -166,9 +166,9 @@ def test_all_classes_are_one(options: dict[str, Any], monkeypatch: pytest.Monkey
     seen: list[Tensor] = []
     real = Network.loss_from
 
-    def spy(self: Network, outputs: Any, targets: Targets) -> Any:
+    def spy(self: Network, outputs: Any, targets: Targets, *aux: Any) -> Any:
         seen.append(targets.labels)
-        return real(self, outputs, targets)
+        return real(self, outputs, targets, *aux)
 
     monkeypatch.setattr(Network, "loss_from", spy)
     folder = run(options, single_cls=True, epochs=1)

@@ -21,9 +21,10 @@ from engine.calibrate import calibrate
 from engine.evaluate import pixels
 from models.elastic import elastic_leaves
 from models.network import Network
+from models.ops.branch import AttentionBranch
 from models.ops.csp import BottleneckCSP2
 from models.parse import parse_text
-from models.supernet import Supernet
+from models.supernet import Supernet, architecture_loss
 from search.space import SearchSpace
 from search.tree import losses
 
@@ -45,6 +46,20 @@ head:
   - [[8, 3], 1, Detect, [nc, anchors]]
 """
 SIZE = 2 * 2 * 6 * 2
+# Branches with losses of their own: before the first choice, behind one, and one that a subnet may do without.
+WITH_AUX = """
+nc: 5
+anchors: [[6, 8, 16, 12]]
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, AttentionBranch, [nc, {depth: 1}]]
+  - [-1, 1, Conv, [8, 3, 2, {act: {choice: [relu, mish]}}]]
+  - [-1, 1, AttentionBranch, [nc, {depth: 1}]]
+  - [-1, 1, AttentionBranch, [nc, {depth: 1, blocks: {choice: [none, light]}}]]
+head:
+  - [-1, 1, Conv, [8, 1, 1, {act: {choice: [relu, leaky]}}]]
+  - [-1, 1, Detect, [nc, anchors]]
+"""
 DEVICE = torch.device("cpu")
 
 
@@ -60,10 +75,10 @@ def calibration():
     return [torch.rand(count, 3, 32, 32, generator=generator) for count in (3, 2)]
 
 
-def supernet(kind, norms="act"):
+def supernet(kind, norms="act", text=SEARCHED):
     """With norms that are unlike each other, as training leaves them."""
     torch.manual_seed(0)
-    net = Supernet(parse_text(SEARCHED), kind, norms)
+    net = Supernet(parse_text(text), kind, norms)
     for norm in net.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.normal_(norm.weight, 1, 0.3)
@@ -82,7 +97,7 @@ def one_by_one(net, images, calibration, number):
     calibrate(network, calibration)
     total = 0.0
     for batch in batches(images, 2):
-        total += len(batch.images) * float(network.loss(pixels(batch, DEVICE), batch.targets)[0])
+        total += len(batch.images) * float(architecture_loss(pixels(batch, DEVICE), batch.targets)(network))
     return total / len(images)
 
 
@@ -97,6 +112,22 @@ def test_the_walk_equals_calibrating_and_judging_one_by_one(kind, norms, checked
     assert len({round(loss, 6) for loss in found}) > SIZE // 2  # subnets do differ
     for number in random.Random(0).sample(range(SIZE), checked):
         assert found[number] == pytest.approx(one_by_one(net, images, calibration, number), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["shared", "independent"])
+@pytest.mark.parametrize("is_price", [True, False])
+def test_what_a_branch_says_counts_where_it_is_a_price(kind, is_price, images, calibration, monkeypatch):
+    monkeypatch.setattr(AttentionBranch, "is_price", is_price)
+    net = supernet(kind, text=WITH_AUX)
+    for number, loss in enumerate(walked(net, images, calibration)):
+        assert loss == pytest.approx(one_by_one(net, images, calibration, number), rel=1e-6)
+    network = net.derive(SearchSpace.of(net.spec).at(0).picks).eval()
+    batch = next(iter(batches(images, 2)))
+    with torch.no_grad():
+        judged = architecture_loss(pixels(batch, DEVICE), batch.targets)(network)
+        whole, parts = network.loss(pixels(batch, DEVICE), batch.targets)
+    assert parts["att"] > 0
+    assert float(whole - judged) == pytest.approx(0 if is_price else float(parts["att"]), rel=1e-4)
 
 
 def test_named_subnets_come_in_the_order_asked_for(images, calibration):
@@ -145,11 +176,11 @@ def test_ctrl_c_leaves_the_supernet_as_it_was(images, calibration, monkeypatch):
     of_the_head = Network.loss_from
     calls = []
 
-    def interrupted(self, outputs, targets):
+    def interrupted(self, outputs, targets, *aux):
         calls.append(0)
         if len(calls) > 30:
             raise KeyboardInterrupt
-        return of_the_head(self, outputs, targets)
+        return of_the_head(self, outputs, targets, *aux)
 
     with monkeypatch.context() as patch:
         patch.setattr(Network, "loss_from", interrupted)

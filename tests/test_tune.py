@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -335,6 +336,28 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
         tune(config_in(tmp_path), 3)
     assert problem.value.lines == ("--tune: needs Optuna; pip install 'oneshot-yolo[search]'",)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_is_tuned_by_top_1_and_what_means_something_to_it(tmp_path: Path, capsys) -> None:
+    from test_search import draw_classes
+
+    data = draw_classes(tmp_path, images=2)
+    (tmp_path / "model.yaml").write_text(
+        "nc: 3\nactivation: relu\nbackbone:\n  - [-1, 1, Conv, [8, 3, 2]]\nhead:\n  - [-1, 1, Classify, [nc]]\n"
+    )
+    options = {"cfg": tmp_path / "model.yaml", "data": data, "imgsz": 32, "epochs": 1, "batch-size": 6, "device": "cpu"}
+    arguments = ["--noplots", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    assert main([*arguments, "--tune", "2", "--project", str(tmp_path / "runs")]) == 0, capsys.readouterr().err
+    shown, folder = capsys.readouterr().out, tmp_path / "runs" / "exp"
+    assert f"tuning 13 hyper-parameters in {folder}, 0 of 2 trials are done" in shown
+    assert re.search(r"trial 0 \(1 of 2\): fitness 0\.\d{4}, top-1 0\.\d{4}\n", shown) and "AP" not in shown
+    rows = read_csv(folder / "tune.csv")
+    assert [row["state"] for row in rows] == ["done", "done"] and {"mosaic", "translate"}.isdisjoint(rows[0])
+    assert all(row["fitness"] == row["top1"] and row["top5"] in ("", "nan") for row in rows)
+    assert main([*arguments, "--hyp", str(folder / "hyp.yaml"), "--project", str(tmp_path / "again")]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--tune", "2", "--mosaic", "0.5"]) == 2
+    assert capsys.readouterr().err == "--mosaic 0.5: means nothing to a classifier; leave it out\n"
 
 
 def test_two_real_trials_from_the_command_line(tmp_path: Path, capsys) -> None:

@@ -114,18 +114,18 @@ class Twice(nn.Module):
 
 def add_shape(inputs, args) -> Shape:
     if len(set(inputs)) > 1:
-        raise ValueError("the sources differ; Add takes maps of one shape")
+        raise ValueError("the sources differ; Plus takes maps of one shape")
     return inputs[0]
 
 
-@register_op("Add", infer=add_shape, many=True)
+@register_op("Plus", infer=add_shape, many=True)
 class Sum(nn.Module):
     def forward(self, maps):
         return sum(maps)
 """
     Path("my_ops.py").write_text(HEAD + code)
-    assert load_ops(Path("my_ops.py")) == ("Twice", "Add")
-    rows = "[-1, 1, Twice, []]\n  - [[-1, 0], 1, Add, []]"
+    assert load_ops(Path("my_ops.py")) == ("Twice", "Plus")
+    rows = "[-1, 1, Twice, []]\n  - [[-1, 0], 1, Plus, []]"
     Path("model.yaml").write_text(MODEL.replace("[-1, 1, Squeeze, [24, 3, 2]]", rows))
     network = Network(load_graph("model.yaml"))
     held, _ = network.run(range(2), {-1: torch.ones(1, 3, 8, 8)})
@@ -136,7 +136,7 @@ class Sum(nn.Module):
     with pytest.raises(Fault) as caught:
         load_graph("model.yaml")
     assert str(caught.value) == (
-        "model.yaml:8:5 layer 2 [[-1, 0], 1, Add, []]: the sources differ; Add takes maps of one shape "
+        "model.yaml:8:5 layer 2 [[-1, 0], 1, Plus, []]: the sources differ; Plus takes maps of one shape "
         "(row 1 Conv gives 8 channels at stride 2; row 0 Conv gives 16 channels at stride 2)"
     )
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.config import SPLITS, DataSpec, check_root
 from data.images import image_size
-from data.readers import coco, folders, voc, yolo
+from data.readers import coco, folders, masks, voc, yolo
 from data.readers.cache import find, inputs_of, keep
 from data.readers.labels import (
     CLIPPED,
@@ -39,7 +39,7 @@ from data.readers.labels import (
 from data.readers.listing import list_images
 from data.structures import Fault, Sample, nearest
 
-READERS: dict[str, ModuleType] = {"yolo": yolo, "voc": voc}  # those with one label file an image
+READERS: dict[str, ModuleType] = {"yolo": yolo, "voc": voc, "masks": masks}  # those with one label file an image
 MOST_FAULTS = 20  # lines of a fault before "... and N more"
 MOST_ALIKE = 5  # notes of one kind; where there are more, three of them and a count
 MOST_NAMES = 5  # files named in a row
@@ -85,6 +85,8 @@ def read_split(data: DataSpec, split: str) -> Split:
             listing = _of_json(data, split)
         elif data.format == "folders":
             listing = _of_folders(data, split, listed, missing)
+        elif data.format == "masks":
+            listing = _of_masks(data, split, listed, missing)
         else:
             listing = _of_files(data, listed, missing)
         found = _read(data, split, listing)
@@ -115,6 +117,14 @@ def _of_json(data: DataSpec, split: str) -> Listing:
 def _of_folders(data: DataSpec, split: str, images: list[str], problems: list[Problem]) -> Listing:
     found, labels, strays = folders.list_split(data, split, images)
     return Listing(found, lambda index, size: folders.labels_for(labels[index], size), [], [*problems, *strays])
+
+
+def _of_masks(data: DataSpec, split: str, images: list[str], problems: list[Problem]) -> Listing:
+    for folder in data.masks(split):
+        if not folder.is_dir():
+            raise Fault(f"{data.path}: {folder} does not exist; {split}_masks names a folder of masks")
+    paths = [masks.label_path(data, image) for image in images]
+    return Listing(images, lambda at, size: masks.read_labels(data, images[at], paths[at], size), paths, problems)
 
 
 def _read(data: DataSpec, split: str, listing: Listing) -> Split:
@@ -172,6 +182,7 @@ def _sample(path: Path, found: Labels, size: tuple[int, int], problems: list[Pro
         found.labels[ignored],
         found.uses[ignored] == CROWD,
         found.image_id,
+        found.mask,
     )
 
 

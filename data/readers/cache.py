@@ -20,9 +20,9 @@ import numpy as np
 from data.config import DataSpec, several
 from data.files import cache_folder, write_text
 from data.readers.labels import KINDS, Problem, Split
-from data.structures import Sample
+from data.structures import MaskFile, Sample
 
-VERSION = 1  # of what readers make of a file, and of this format
+VERSION = 2  # of what readers make of a file, and of this format
 FEWEST = 500  # images; fewer are read about as fast as they are looked up
 SETTLED = 2.0  # seconds; a file younger than this may change again without a change of its times
 ARRAYS = {
@@ -41,7 +41,8 @@ def inputs_of(data: DataSpec, split: str, images: Sequence[str]) -> str:
     `images` are those that were listed, in their order; none where a JSON lists them.
     """
     meaning = [VERSION, data.format, str(data.root), data.names, split, data.images, data.annotations]
-    meaning += [several(getattr(data, key)) for key in (split, f"{split}_json")]
+    meaning += [several(getattr(data, key)) for key in (split, f"{split}_json", f"{split}_masks")]
+    meaning += [data.void]
     jsons = [str(path) for path in (*data.jsons(split), *data.sources(split))]
     return _hash(json.dumps(meaning), *images, _stamps(jsons)[0] if not images else "")
 
@@ -117,6 +118,8 @@ def _packed(found: Split, files: Sequence[str]) -> dict[str, Any]:
         "counts": [len(sample.labels) for sample in samples],
         "ignored_counts": [len(sample.ignored_labels) for sample in samples],
         "image_ids": [sample.image_id for sample in samples],
+        "masks": [sample.mask and [places[str(sample.mask.path)], sample.mask.classes] for sample in samples],
+        "void": next((sample.mask.void for sample in samples if sample.mask), ()),
         "category_ids": found.category_ids,
         "problems": [[problem.kind.title, problem.where, problem.text] for problem in found.problems],
     }
@@ -149,6 +152,7 @@ def _unpacked(values: dict[str, Any]) -> Split:
     ignored_lengths = {len(ignored_boxes), len(ignored_labels), len(ignored_crowd), ignored_starts[-1]}
     if len(lengths) > 1 or len(ignored_lengths) > 1:
         raise ValueError("arrays of different lengths")
+    void = tuple(values["void"])
     samples = tuple(
         Sample(
             Path(values["files"][place]),
@@ -159,10 +163,12 @@ def _unpacked(values: dict[str, Any]) -> Split:
             ignored_labels[from_:to],
             ignored_crowd[from_:to],
             image_id,
+            None if mask is None else MaskFile(Path(values["files"][mask[0]]), mask[1], void),
         )
-        for place, image_id, start, end, from_, to in zip(
+        for place, image_id, mask, start, end, from_, to in zip(
             values["samples"],
             values["image_ids"],
+            values["masks"],
             starts[:-1],
             starts[1:],
             ignored_starts[:-1],

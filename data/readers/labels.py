@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.structures import Sample
+from data.structures import MaskFile, Sample
 
 TRAINED, DIFFICULT, CROWD = 0, 1, 2  # what an object is for: training sees only the first
 
@@ -36,6 +36,11 @@ IMAGE_TWICE = Kind("images listed twice", "the first counts")
 OTHER_SIZE = Kind("images of another size than their labels say", "the file counts", harmless=True)
 NO_FILE = Kind("images without a label file", "taken as without objects", harmless=True)
 NO_CLASS = Kind("folders that are no class", "images left out")
+NO_MASK = Kind("images without a mask", "image left out")
+WRONG_MASK = Kind("masks that cannot be read", "image left out")
+MASK_SIZE = Kind("masks of another size than their image", "image left out")
+UNKNOWN_ID = Kind("ids that are no class", "pixels left out")
+ALL_VOID = Kind("masks without a class", "nothing to learn from", harmless=True)
 KINDS = {
     kind.title: kind
     for kind in (
@@ -54,6 +59,11 @@ KINDS = {
         OTHER_SIZE,
         NO_FILE,
         NO_CLASS,
+        NO_MASK,
+        WRONG_MASK,
+        MASK_SIZE,
+        UNKNOWN_ID,
+        ALL_VOID,
     )
 }
 
@@ -106,6 +116,7 @@ class Labels:
         image_id: COCO's.
         lost: whether the label file is so broken that the image is left out: without its labels it would be taken as
             one without objects.
+        mask: where the class of every pixel stands.
     """
 
     boxes: np.ndarray
@@ -116,6 +127,7 @@ class Labels:
     areas: np.ndarray | None = None
     image_id: int | None = None
     lost: bool = False
+    mask: MaskFile | None = None
 
 
 def labels_of(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.structures import Targets
+from models.labels import label_counts
 from models.ops.merge import no_margin
 from models.registry import Shape, register_op
 
@@ -22,19 +23,17 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 def classify_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
     no_margin(inputs)
-    if len(inputs) != 1:
-        raise ValueError(f"the head reads one map, got {len(inputs)}")
     return Shape(0, inputs[0].stride, "maps")
 
 
 @register_op(infer=classify_shape, many=True)
 class Classify(nn.Module):
-    """The mean of a map over its cells, dropout, and a linear layer: a score for each class.
+    """The means of one or more maps over their cells side by side, dropout, and a linear layer: a score for each class.
 
     `options` are what its loss goes by: s of ``label_smoothing`` asks for ``1 - s + s / C`` of the true class and for
     ``s / C`` of every other one (Szegedy et al., arXiv 1512.00567, section 7).
 
-    Shape: ``[[N, C_in, H, W]] -> [[N, C]]``, logits.
+    Shape: ``[[N, C_i, H_i, W_i], ...] -> [[N, C]]``, logits.
     """
 
     task = "classify"
@@ -45,10 +44,11 @@ class Classify(nn.Module):
         self.options = {"label_smoothing": 0.0}
         self.strides = tuple(shape.stride for shape in inputs)
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(inputs[0].channels, num_classes)
+        self.linear = nn.Linear(sum(shape.channels for shape in inputs), num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [self.linear(self.dropout(maps[0].mean(dim=(2, 3))))]
+        means = torch.cat([y.mean(dim=(2, 3)) for y in maps], dim=1)
+        return [self.linear(self.dropout(means))]
 
     def decode(self, outputs: Sequence[Tensor]) -> Tensor:
         """The probability of every class, ``[N, C]``; a row sums to 1."""
@@ -60,8 +60,7 @@ class Classify(nn.Module):
         An image that shows several classes, as two that were blended, should give each of its labels the same share.
         """
         logits_NC = outputs[0]
-        counts_NC = torch.zeros_like(logits_NC)
-        counts_NC.index_put_((targets.image_index, targets.labels), counts_NC.new_ones(()), accumulate=True)
+        counts_NC = label_counts(targets, logits_NC)
         goal_NC = counts_NC / counts_NC.sum(dim=-1, keepdim=True)
         loss = F.cross_entropy(logits_NC, goal_NC, label_smoothing=self.options["label_smoothing"])
         return loss, {"cls": loss.detach()}

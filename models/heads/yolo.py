@@ -2,7 +2,8 @@
 
 Decode and assignment are those of YOLOv4/v5: a cell's box centre may move half a cell over its edge, sizes are at most
 four times the anchor, and an anchor answers for every box of nearly its size, in the cell of the box's centre and in
-its two nearest neighbours.
+its two nearest neighbours. YOLOR added what a head knows without looking (`IDetect`; Wang et al., arXiv 2105.04206),
+YOLOv7 a second set of maps that only helps in training (`IAuxDetect`; arXiv 2207.02696).
 
 Shape letters: N images, A anchors a level, H W cells, K = 5 + classes, M boxes, P matched (cell, anchor, box) triples.
 """
@@ -29,6 +30,8 @@ BOX, OBJECTNESS, CLASS = 0.05, 1.0, 0.5  # gains of yolov5, meant for 3 levels, 
 FEWEST_CLASSES = 4  # the class loss of fewer weighs as much as theirs
 BALANCE = {3: (4.0, 1.0, 0.4)}  # objectness weight of a level, finest first; its cells are many and mostly empty
 BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
+AUXILIARY = 0.25  # what the set of maps counts in YOLOv7's loss that is there for training alone
+SPREAD = 0.02  # of what a head knows without looking, at the start
 
 
 def detect_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
@@ -49,6 +52,7 @@ class Detect(nn.Module):
     Shape: ``[[N, C_i, H_i, W_i], ...] -> [[N, A, H_i, W_i, K], ...]``, logits.
     """
 
+    sets = 1  # how many maps of every level the head reads
     anchors: Tensor  # [levels, A, 2] width and height in pixels; the YAML keeps them, not the state dict
 
     def __init__(self, inputs: Sequence[Shape], num_classes: int, anchors: Anchors) -> None:
@@ -60,22 +64,26 @@ class Detect(nn.Module):
         self.num_anchors = anchors if isinstance(anchors, int) else len(anchors[0]) // 2
         sizes = torch.tensor([]) if isinstance(anchors, int) else torch.tensor(anchors).view(len(inputs), -1, 2)
         self.register_buffer("anchors", sizes, persistent=False)
-        layers = [nn.Conv2d(shape.channels, self.num_anchors * (5 + num_classes), 1) for shape in inputs]
-        self.m = nn.ModuleList(layers)
-        for layer, stride in zip(layers, self.strides, strict=True):
+        self.m = self.last(inputs)
+
+    def last(self, inputs: Sequence[Shape]) -> nn.ModuleList:
+        """The convolution of every level."""
+        layers = [nn.Conv2d(shape.channels, self.num_anchors * (5 + self.num_classes), 1) for shape in inputs]
+        for layer, shape in zip(layers, inputs, strict=True):
             assert layer.bias is not None
             with torch.no_grad():  # start near the truth: about 8 objects in an image of 640 pixels, 0.6 of a class
                 bias = layer.bias.view(self.num_anchors, -1)
-                bias[:, 4] += math.log(8 / (640 / stride) ** 2)
-                bias[:, 5:] += math.log(0.6 / max(num_classes - 0.99, 0.6))
+                bias[:, 4] += math.log(8 / (640 / shape.stride) ** 2)
+                bias[:, 5:] += math.log(0.6 / max(self.num_classes - 0.99, 0.6))
+        return nn.ModuleList(layers)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        outputs = []
-        for layer, x in zip(self.m, maps, strict=True):
-            n, _, height, width = x.shape
-            y = layer(x).view(n, self.num_anchors, 5 + self.num_classes, height, width)
-            outputs.append(y.permute(0, 1, 3, 4, 2).contiguous())
-        return outputs
+        return [self.by_anchor(layer(x)) for layer, x in zip(self.m, maps, strict=True)]
+
+    def by_anchor(self, y: Tensor) -> Tensor:
+        """``[N, A * K, H, W] -> [N, A, H, W, K]``"""
+        n, _, height, width = y.shape
+        return y.view(n, self.num_anchors, -1, height, width).permute(0, 1, 3, 4, 2).contiguous()
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Boxes ``[N, cells, 4]`` in pixels of the input and class scores ``[N, cells, classes]`` in [0, 1]."""
@@ -94,6 +102,12 @@ class Detect(nn.Module):
 
     def loss(self, outputs: Sequence[Tensor], targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a batch, and its parts. CIoU + BCE objectness (target: the IoU reached) + BCE class."""
+        return self.loss_of(outputs, targets)
+
+    def loss_of(
+        self, outputs: Sequence[Tensor], targets: Targets, coarse: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of one set of levels; see `assign` for `coarse`."""
         assert self.fitted, "anchors are fitted before training starts"
         zero = outputs[0].new_zeros(())
         box, objectness, classes = zero, zero, zero
@@ -101,7 +115,7 @@ class Detect(nn.Module):
         balance = BALANCE.get(levels, BALANCE_OTHER)
         for level, logits in enumerate(outputs):
             goal = torch.zeros_like(logits[..., 4])
-            image, anchor, row, column, found = self.assign(targets, level, logits.shape[2:4])
+            image, anchor, row, column, found = self.assign(targets, level, logits.shape[2:4], coarse)
             if len(found):
                 picked = logits[image, anchor, row, column]  # [P, K]
                 stride = self.strides[level]
@@ -128,9 +142,13 @@ class Detect(nn.Module):
         return box + objectness + classes, parts
 
     def assign(
-        self, targets: Targets, level: int, grid: Sequence[int]
+        self, targets: Targets, level: int, grid: Sequence[int], coarse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Who answers for what on a level: image, anchor, row, column and the index of the box, ``[P]`` each."""
+        """Who answers for what on a level: image, anchor, row, column and the index of the box, ``[P]`` each.
+
+        With `coarse` all four neighbours of a cell answer too, though two of them cannot reach the box's centre: those
+        who help may be asked for more than they can give (arXiv 2207.02696, section 4.2).
+        """
         height, width = int(grid[0]), int(grid[1])
         stride = self.strides[level]
         boxes = targets.boxes / stride
@@ -144,10 +162,79 @@ class Detect(nn.Module):
         step = torch.where(inside < 0.5, -1, 1)
         sideways, upright = torch.zeros_like(step), torch.zeros_like(step)
         sideways[:, 0], upright[:, 1] = step[:, 0], step[:, 1]
-        cell = torch.cat((cell, cell + sideways, cell + upright))
-        anchor, found = anchor.repeat(3), found.repeat(3)
+        near_cells = [cell, cell + sideways, cell + upright]
+        if coarse:
+            near_cells += [cell - sideways, cell - upright]
+        cell = torch.cat(near_cells)
+        anchor, found = anchor.repeat(len(near_cells)), found.repeat(len(near_cells))
         # decode reaches from half a cell before a cell's edge to half a cell behind it, and no further
         edge = torch.tensor((width, height), device=cell.device)
         keep = ((cell >= 0) & (cell < edge)).all(dim=1)
         cell, anchor, found = cell[keep], anchor[keep], found[keep]
         return targets.image_index[found], anchor, cell[:, 1], cell[:, 0], found
+
+
+class Implicit(nn.Module):
+    """What a layer knows without looking, a learned number a channel (arXiv 2105.04206). Shape: ``[1, C, 1, 1]``"""
+
+    def __init__(self, channels: int, start: float) -> None:
+        super().__init__()
+        self.implicit = nn.Parameter(start + SPREAD * torch.randn(1, channels, 1, 1))
+
+    def forward(self) -> Tensor:
+        return self.implicit
+
+
+@register_op(infer=detect_shape, many=True)
+class IDetect(Detect):
+    """`Detect` with what it knows without looking: added to its maps and multiplied with what it gives.
+
+    Shape: ``[[N, C_i, H_i, W_i], ...] -> [[N, A, H_i, W_i, K], ...]``, logits.
+    """
+
+    def __init__(self, inputs: Sequence[Shape], num_classes: int, anchors: Anchors) -> None:
+        super().__init__(inputs, num_classes, anchors)
+        self.ia = nn.ModuleList(Implicit(shape.channels, 0.0) for shape in inputs)
+        self.im = nn.ModuleList(Implicit(self.num_anchors * (5 + num_classes), 1.0) for _ in inputs)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        levels = zip(self.m, self.ia, self.im, maps, strict=True)
+        return [self.by_anchor(layer(x + added()) * factor()) for layer, added, factor, x in levels]
+
+
+def aux_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    levels = len(inputs) // 2
+    strides = [shape.stride for shape in inputs]
+    if len(inputs) % 2 or strides[:levels] != strides[levels:]:
+        raise ValueError(f"the head reads every level twice, the helping maps last; here the strides are {strides}")
+    return detect_shape(inputs[:levels], args)
+
+
+@register_op(infer=aux_shape, many=True)
+class IAuxDetect(IDetect):
+    """YOLOv7's head for training: every level twice, the helping maps last. Only the first ones are decoded.
+
+    The helping maps count a quarter in the loss, and more cells answer for a box there (see `assign`).
+
+    Shape: ``[[N, C_i, H_i, W_i], ...] -> [[N, A, H_i, W_i, K], ...]``, as the maps stand.
+    """
+
+    sets = 2
+
+    def __init__(self, inputs: Sequence[Shape], num_classes: int, anchors: Anchors) -> None:
+        levels = len(inputs) // 2
+        super().__init__(inputs[:levels], num_classes, anchors)
+        self.m2 = self.last(inputs[levels:])
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        levels = len(self.m)
+        helping = zip(self.m2, maps[levels:], strict=True)
+        return [*super().forward(maps[:levels]), *(self.by_anchor(layer(x)) for layer, x in helping)]
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return super().decode(outputs[: len(self.m)])
+
+    def loss(self, outputs: Sequence[Tensor], targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        total, parts = self.loss_of(outputs[: len(self.m)], targets)
+        helping, said = self.loss_of(outputs[len(self.m) :], targets, coarse=True)
+        return total + AUXILIARY * helping, {name: v + AUXILIARY * said[name] for name, v in parts.items()}

@@ -2,22 +2,66 @@
 
 from models.heads import classify as _classify
 from models.heads import dfl as _dfl
+from models.heads import segment as _segment
 from models.heads import ssd as _ssd
 from models.heads import yolo as _yolo
-from models.ops import attention, conv, csp, fusion, ghost, mbconv, merge, spp, transformer
+from models.heads import yolox as _yolox
+
+# those of other YOLO families
+from models.ops import (
+    area,
+    aspp,
+    attention,
+    branch,
+    c3k2,
+    cbnet,
+    cib,
+    conv,
+    csp,
+    elan,
+    fusion,
+    ghost,
+    masked,
+    mbconv,
+    merge,
+    psa,
+    rep,
+    resize,
+    resnet,
+    spp,
+    transformer,
+    yolov7,
+    yolox,
+)
 
 __all__ = [
     "_classify",
     "_dfl",
+    "_segment",
     "_ssd",
     "_yolo",
+    "_yolox",
+    "aspp",
     "attention",
+    "branch",
     "conv",
     "csp",
     "fusion",
     "ghost",
+    "masked",
     "mbconv",
     "merge",
+    "resnet",
     "spp",
     "transformer",
+    "yolox",
+    "area",
+    "c3k2",
+    "cbnet",
+    "cib",
+    "elan",
+    "psa",
+    "rep",
+    "resize",
+    "yolov7",
 ]

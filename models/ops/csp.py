@@ -11,7 +11,7 @@ Kernel and activation may differ from bottleneck to bottleneck; the rest of a bl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ops.conv import Conv
-from models.ops.dense import DenseReader, dense
+from models.ops.dense import dense, gather
 from models.ops.primitives import (
     DEFAULT,
     Act,
@@ -36,7 +36,6 @@ from models.ops.primitives import (
     repeat,
 )
 from models.registry import Shape, one_to_one, register_op
-from models.spec import Choice
 
 
 def hidden_channels(args: Mapping[str, Any], channels: int) -> int:
@@ -62,6 +61,8 @@ def csp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
 class Bottleneck(nn.Module):
     """1x1 convolution, then `kernel` x `kernel`; added to the input where `shortcut` is asked for and channels agree.
 
+    With ``wide`` the first has the same kernel as the second, as in YOLOv8 and later.
+
     Where it is added, the last norm starts with a scale of 0, so that a new network begins as its shortcuts alone and
     grows deep as it learns (Goyal et al., arXiv 1706.02677, section 5.1). In short runs it helps: docs/architecture.md.
 
@@ -76,12 +77,13 @@ class Bottleneck(nn.Module):
         groups: Width = 1,
         expansion: Fraction = 0.5,
         *,
+        wide: bool = False,
         kernel: Kernel = 3,
         act: Act = DEFAULT,
     ) -> None:
         super().__init__()
         hidden = int(c_out * expansion)
-        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        self.cv1 = Conv(c_in, hidden, kernel if wide else 1, act=act)
         self.cv2 = Conv(hidden, c_out, kernel, groups=groups, act=act)
         self.add = shortcut and c_in == c_out
         if self.add:
@@ -99,33 +101,18 @@ def start_as_nothing(block: nn.Module) -> None:
             nn.init.zeros_(child.weight)
 
 
-class ConvPair(nn.Module):
-    """The bottleneck of `C2f`, which narrows nothing: `kernel` x `kernel` twice, added to the input where asked for.
-
-    Shape: ``[N, channels, H, W]``, unchanged.
-    """
-
-    def __init__(self, channels: int, shortcut: bool, groups: int, kernel: Kernel, act: Act) -> None:
-        super().__init__()
-        self.cv1 = Conv(channels, channels, kernel, act=act)
-        self.cv2 = Conv(channels, channels, kernel, groups=groups, act=act)
-        self.add = shortcut
-        if self.add:
-            start_as_nothing(self.cv2)  # as in `Bottleneck`
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.cv2(self.cv1(x))
-        return x + y if self.add else y
+def bottleneck(
+    channels: int, shortcut: bool, groups: int, kernel: Kernels, act: Acts, *, wide: bool = False
+) -> Callable[[int], nn.Module]:
+    """Makes the bottleneck of an index, which narrows nothing; each has its own kernel and activation where given."""
+    return lambda index: Bottleneck(
+        channels, channels, shortcut, groups, 1.0, wide=wide, kernel=each(kernel, index), act=each(act, index)
+    )
 
 
 def bottlenecks(number: Count, channels: int, shortcut: bool, groups: int, kernel: Kernels, act: Acts) -> nn.Module:
-    """`number` bottlenecks in a row, each with its own kernel and activation where there is one for each."""
-    return repeat(
-        number,
-        lambda index: Bottleneck(
-            channels, channels, shortcut, groups, 1.0, kernel=each(kernel, index), act=each(act, index)
-        ),
-    )
+    """`number` bottlenecks in a row."""
+    return repeat(number, bottleneck(channels, shortcut, groups, kernel, act))
 
 
 @register_op(infer=csp_shape)
@@ -255,15 +242,43 @@ class C2f(nn.Module):
         super().__init__()
         first = each(act, 0)
         hidden = int(c_out * expansion)
-        most = max(number.options) if isinstance(number, Choice) else number
         self.cv1 = Conv(c_in, 2 * hidden, 1, act=first)
-        self.cv2 = Conv((2 + most) * hidden, c_out, 1, act=first)
-        if isinstance(number, Choice):
-            self.cv2.conv = DenseReader(hidden, c_out, number)
-        self.m = dense(number, lambda index: ConvPair(hidden, shortcut, groups, each(kernel, index), each(act, index)))
+        self.cv2 = gather(hidden, c_out, number, first)
+        self.m = dense(number, bottleneck(hidden, shortcut, groups, kernel, act, wide=True))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv2(self.m(self.cv1(x)))
+
+
+@register_op(infer=csp_shape)
+class C2(nn.Module):
+    """The `C2f` that keeps only the last bottleneck's output: half of the channels through `number` of them, half past.
+
+    Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: Width,
+        number: Count = 1,
+        shortcut: bool = True,
+        groups: Width = 1,
+        expansion: Fraction = 0.5,
+        *,
+        kernel: Kernels = 3,
+        act: Acts = DEFAULT,
+    ) -> None:
+        super().__init__()
+        first = each(act, 0)
+        hidden = int(c_out * expansion)
+        self.cv1 = Conv(c_in, 2 * hidden, 1, act=first)
+        self.cv2 = Conv(2 * hidden, c_out, 1, act=first)
+        self.m = repeat(number, bottleneck(hidden, shortcut, groups, kernel, act, wide=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep, past = self.cv1(x).chunk(2, dim=1)
+        return self.cv2(torch.cat((self.m(deep), past), dim=1))
 
 
 def vovcsp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:

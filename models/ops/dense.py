@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.ops.primitives import Count
+from models.ops.conv import Conv
+from models.ops.primitives import Act, Count
 from models.spec import Choice
 
 
-def side_by_side(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """`x`, then what each block gives; the first reads the second half of `x`, the others what the one before gave."""
-    maps, y = [x], x.chunk(2, dim=1)[1]
+def side_by_side(blocks: Iterable[nn.Module], x: Tensor, parts: int = 2) -> Tensor:
+    """`x`, then what each block gives; the first reads the last of the `parts` of `x`, the others what the one before
+    gave.
+    """
+    maps, y = [x], x.chunk(parts, dim=1)[-1]
     for block in blocks:
         y = block(y)
         maps.append(y)
@@ -28,46 +31,50 @@ def side_by_side(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 class Dense(nn.Sequential):
-    """`number` blocks with C channels. Shape: ``[N, 2 * C, H, W] -> [N, (2 + number) * C, H, W]``"""
+    """`number` blocks with C channels. Shape: ``[N, parts * C, H, W] -> [N, (parts + number) * C, H, W]``"""
+
+    def __init__(self, *blocks: nn.Module, parts: int = 2) -> None:
+        super().__init__(*blocks)
+        self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
-        return side_by_side(self, x)
+        return side_by_side(self, x, self.parts)
 
 
 class ElasticDense(nn.Module):
     """`Dense` of the first `active` blocks, with zeros for the others.
 
-    Shape: ``[N, 2 * C, H, W] -> [N, (2 + largest number) * C, H, W]``
+    Shape: ``[N, parts * C, H, W] -> [N, (parts + largest number) * C, H, W]``
     """
 
-    def __init__(self, number: Choice, make: Callable[[int], nn.Module]) -> None:
+    def __init__(self, number: Choice, make: Callable[[int], nn.Module], parts: int = 2) -> None:
         super().__init__()
-        self.choice = number
+        self.choice, self.parts = number, parts
         self.active = max(number.options)
         for index in range(self.active):
             self.add_module(str(index), make(index))  # the keys that Dense has
 
     def option(self, value: int, x: Tensor) -> Tensor:
         blocks = list(self.children())
-        missing = (len(blocks) - value) * (x.shape[1] // 2)
-        return F.pad(side_by_side(blocks[:value], x), (0, 0, 0, 0, 0, missing))
+        missing = (len(blocks) - value) * (x.shape[1] // self.parts)
+        return F.pad(side_by_side(blocks[:value], x, self.parts), (0, 0, 0, 0, 0, missing))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.option(self.active, x)
 
     def plain(self) -> nn.Module:
-        return Dense(*list(self.children())[: self.active])
+        return Dense(*list(self.children())[: self.active], parts=self.parts)
 
 
 class DenseReader(nn.Conv2d):
     """The 1x1 convolution behind an `ElasticDense` of C channels: its plain form has no weights for what is zero.
 
-    Shape: ``[N, (2 + largest number) * C, H, W] -> [N, c_out, H, W]``
+    Shape: ``[N, (parts + largest number) * C, H, W] -> [N, c_out, H, W]``
     """
 
-    def __init__(self, channels: int, c_out: int, number: Choice) -> None:
-        super().__init__((2 + max(number.options)) * channels, c_out, 1, bias=False)
-        self.choice, self.channels = number, channels
+    def __init__(self, channels: int, c_out: int, number: Choice, parts: int = 2) -> None:
+        super().__init__((parts + max(number.options)) * channels, c_out, 1, bias=False)
+        self.choice, self.channels, self.parts = number, channels, parts
         self.active = max(number.options)
 
     def option(self, value: Any, x: Tensor) -> Tensor:
@@ -75,15 +82,24 @@ class DenseReader(nn.Conv2d):
         return super().forward(x)
 
     def plain(self) -> nn.Module:
-        inputs = (2 + self.active) * self.channels
+        inputs = (self.parts + self.active) * self.channels
         new = nn.Conv2d(inputs, self.out_channels, 1, bias=False, device=self.weight.device, dtype=self.weight.dtype)
         with torch.no_grad():
             new.weight.copy_(self.weight[:, :inputs])
         return new
 
 
-def dense(number: Count, make: Callable[[int], nn.Module]) -> nn.Module:
-    """`number` blocks, ``make(index)`` each, side by side with what the first of them reads."""
+def dense(number: Count, make: Callable[[int], nn.Module], parts: int = 2) -> nn.Module:
+    """`number` blocks, ``make(index)`` each, side by side with the `parts` before them; the first reads the last."""
     if isinstance(number, Choice):
-        return ElasticDense(number, make)
-    return Dense(*(make(index) for index in range(number)))
+        return ElasticDense(number, make, parts)
+    return Dense(*(make(index) for index in range(number)), parts=parts)
+
+
+def gather(channels: int, c_out: int, number: Count, act: Act, parts: int = 2) -> Conv:
+    """The 1x1 `Conv` over all that `dense` gives."""
+    most = max(number.options) if isinstance(number, Choice) else number
+    new = Conv((parts + most) * channels, c_out, 1, act=act)
+    if isinstance(number, Choice):
+        new.conv = DenseReader(channels, c_out, number, parts)
+    return new

@@ -44,6 +44,22 @@ class Concat(nn.Module):
         return torch.cat(list(maps), dim=self.dimension)
 
 
+def add_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    joined = concat_shape(inputs, args)
+    channels = sorted({shape.channels for shape in inputs})
+    if len(channels) > 1:
+        raise ValueError(f"the sources have different channels {channels}; a sum needs the same of all")
+    return Shape(channels[0], joined.stride)
+
+
+@register_op(infer=add_shape, many=True)
+class Add(nn.Module):
+    """The sum of maps, cell by cell. Shape: ``[[N, C, H, W], ...] -> [N, C, H, W]``"""
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return sum(maps[1:], maps[0])
+
+
 def upsample_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
     no_margin(inputs)
     factor = args.get("scale_factor", 2)

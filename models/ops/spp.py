@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.ops.conv import Conv
 from models.ops.csp import hidden_channels
-from models.ops.primitives import DEFAULT, Act, Fraction, Kernel, PlainKernel, Width, activation, conv, norm
+from models.ops.primitives import DEFAULT, Act, Fraction, Kernel, PlainAct, PlainKernel, Width, activation, conv, norm
 from models.registry import Shape, one_to_one, register_op
 
 
@@ -60,23 +60,35 @@ class SPP(nn.Module):
 class SPPF(nn.Module):
     """`SPP` by pooling what was pooled: three pools of 5 in a row see 5, 9 and 13 cells, with fewer comparisons.
 
-    The faster form is yolov5's, since v6.0.
+    The faster form is yolov5's, since v6.0. YOLO26 has no activation before the pools (``first_act: identity``; left
+    out, it is `act`) and with `shortcut` adds the input where channels agree.
 
     Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
     """
 
-    def __init__(self, c_in: int, c_out: Width, pool: Pool = 5, *, act: Act = DEFAULT) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        c_out: Width,
+        pool: Pool = 5,
+        *,
+        shortcut: bool = False,
+        first_act: PlainAct | None = None,
+        act: Act = DEFAULT,
+    ) -> None:
         super().__init__()
         hidden = c_in // 2
-        self.cv1 = Conv(c_in, hidden, 1, act=act)
+        self.cv1 = Conv(c_in, hidden, 1, act=act if first_act is None else first_act)
         self.cv2 = Conv(4 * hidden, c_out, 1, act=act)
         self.m = nn.MaxPool2d(pool, stride=1, padding=pool // 2)
+        self.add = shortcut and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.cv1(x)
-        once = self.m(x)
+        first = self.cv1(x)
+        once = self.m(first)
         twice = self.m(once)
-        return self.cv2(torch.cat((x, once, twice, self.m(twice)), dim=1))
+        y = self.cv2(torch.cat((first, once, twice, self.m(twice)), dim=1))
+        return x + y if self.add else y
 
 
 def sppcsp_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:

@@ -13,6 +13,10 @@ shared             one set of weights; a weight step
 shared-alphas      and a step of alphas, every option looked at, before every fifth weight step
 independent-full   whole blocks side by side, with such steps of alphas
 independent-two    with steps of alphas that look at two options
+merge              one set of weights; a weight step of the mixture of all subnets
+merge-alphas       and a step of alphas through the mixture before every fifth weight step
+sandwich           one set of weights; a weight step of the largest, a random and the smallest subnet, which share their
+                   trunk, the largest teaching the others
 reference          ML-TANGO's scheme, rebuilt: a step of alphas before every weight step, and in both of them every
                    candidate runs in the backward pass
 
@@ -28,7 +32,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +51,7 @@ from tqdm import tqdm  # noqa: E402
 from data.structures import Targets  # noqa: E402
 from engine.optim import averaged, make_optimizer  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
+from models.distill import distillation_loss  # noqa: E402
 from models.elastic import IndependentRow  # noqa: E402
 from models.graph import resolve  # noqa: E402
 from models.network import Network  # noqa: E402
@@ -54,7 +59,9 @@ from models.parse import parse  # noqa: E402
 from models.supernet import Supernet  # noqa: E402
 from search.costs import cost_tables  # noqa: E402
 from search.objective import Prices, architecture_step  # noqa: E402
-from search.sampling import drawn_options, fair_options  # noqa: E402
+from search.sampling import drawn_options, fair_options, sandwich_options  # noqa: E402
+from search.sandwich import TAUGHT, backward, sizes  # noqa: E402
+from search.train import mixed_gates  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 ANCHORS = tuple(tuple(float(v) for v in range(8 + 40 * k, 8 + 40 * k + 8)) for k in range(3))  # any will do
@@ -64,7 +71,9 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a search takes its steps: which supernet, weight steps to a step of alphas (0: none), and what is asked."""
+    """How a search takes its steps: which supernet, weight steps to a step of alphas (0: none), by which paths; and
+    what is asked of it.
+    """
 
     kind: str
     every: int
@@ -78,10 +87,18 @@ SCHEMES = {
     "shared-alphas": Scheme("shared", 5),
     "independent-full": Scheme("independent", 5, asked=1.35),
     "independent-two": Scheme("independent", 5, "two", asked=1.35),
+    "merge": Scheme("merge", 0, asked=1.15),
+    "merge-alphas": Scheme("merge", 5),
+    "sandwich": Scheme("shared", 0, "sandwich", asked=1.6),
     "reference": Scheme("independent", 1, "reference"),
 }
 MODELS = {
-    "tiny-search": ("shared", "shared-alphas"),  # with depth, a row has more options than whole blocks are held for
+    "tiny-search": (
+        "shared",
+        "shared-alphas",
+        "merge",
+        "sandwich",
+    ),  # with depth, a row has more options than whole blocks are held for
     "tiny-seed-search": tuple(SCHEMES),
 }
 
@@ -114,8 +131,13 @@ def a_batch(size: int, imgsz: int, classes: int) -> tuple[Tensor, Targets]:
 # ---- steps
 
 
-def weight_step(own: Trained, images: Tensor, targets: Targets) -> None:
-    own.network.loss(images, targets)[0].backward()
+def weight_step(
+    own: Trained, images: Tensor, targets: Targets, add_gradients: Callable[[], None] | None = None
+) -> None:
+    if add_gradients is None:
+        own.network.loss(images, targets)[0].backward()
+    else:
+        add_gradients()
     nn.utils.clip_grad_norm_(own.network.parameters(), 10.0)
     own.optimizer.step()
     own.optimizer.zero_grad(set_to_none=True)
@@ -127,6 +149,10 @@ def search_step(
 ) -> Callable[[int, Mapping[str, Any]], None]:
     """A step of a search as a function of its number and its options. Alphas begin at 0 and hardly move."""
     tables = cost_tables(resolve(supernet.spec), images.shape[-1])
+    largest, smallest = sizes(tables["macs"])
+
+    def mixture(rng: np.random.Generator, alphas: Iterable[Tensor]) -> dict[str, Tensor]:
+        return mixed_gates(supernet, alphas, rng, 0.5)  # in the middle of the search
 
     def step(number: int, decided: Mapping[str, Any]) -> None:
         rng = np.random.default_rng(number + WARMUP)
@@ -140,15 +166,38 @@ def search_step(
                 alphas.zero_grad(set_to_none=True)
             else:
                 settings: dict[str, Any] = {"tables": tables, "paths": scheme.paths, "rng": rng}
+                if scheme.kind == "merge":
+                    settings["mixture"] = mixture(rng, supernet.alphas)
                 architecture_step(supernet, alphas, images, targets, drawn, Prices(), **settings)
         supernet.activate(supernet.picks(decided))
         if scheme.paths == "reference":
             with every_candidate(supernet, decided):
                 weight_step(own, images, targets)
+        elif scheme.kind == "merge":
+            with supernet.mixed(mixture(rng, [alpha.detach() for alpha in supernet.alphas])):
+                weight_step(own, images, targets)
+        elif scheme.paths == "sandwich":
+            three = sandwich_options(supernet.decisions, largest, smallest, 0, number + WARMUP)
+            weight_step(own, images, targets, lambda: sandwiched(supernet, three, images, targets))
         else:
             weight_step(own, images, targets)
 
     return step
+
+
+def sandwiched(supernet: Supernet, three: Sequence[Mapping[str, Any]], images: Tensor, targets: Targets) -> None:
+    """The gradients of a sandwich, as `search.sandwich.add_sandwich` adds them."""
+    teacher: list[Tensor] = []
+
+    def loss_of(place: int, outputs: Any, aux: Mapping[int, Any]) -> Tensor:
+        loss, _ = supernet.network.loss_from(outputs, targets, aux)
+        if place == 0:
+            teacher.extend(y.detach() for y in outputs)
+            return loss / len(three)
+        distance = distillation_loss(supernet.network, outputs, supernet.network, teacher)
+        return ((1 - TAUGHT) * loss + TAUGHT * distance) / len(three)
+
+    backward(supernet, three, images, supernet.network.run, loss_of)
 
 
 class EveryCandidate(torch.autograd.Function):

@@ -1,18 +1,22 @@
 """Leaves that hold every option of a choice, made by `models.ops.primitives` where a YAML left one open.
 
 All of them work alike. `active` is the option in use, `option(value, x)` is what the leaf computes under an option,
-`plain()` is the torch module that a derived network has in its place.
+`plain()` is the torch module that a derived network has in its place. In a `blended` network a leaf computes its
+``mixture(gates, x) = sum_k gates[k] option_k(x)``; it has a method for that where running every option would be dearer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.spec import Choice
 
@@ -47,6 +51,30 @@ def elastic_leaves(module: nn.Module) -> Iterator[tuple[str, Elastic]]:
     for name, child in module.named_modules():
         if isinstance(child, Elastic):
             yield name, child
+
+
+@contextlib.contextmanager
+def blended(leaves: Sequence[Elastic], gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, every leaf computes the mixture of its options by the gates ``[options]`` of its choice, whatever is
+    active. Gates are any numbers, and differentiable.
+    """
+    forwards = [
+        (leaf, partial(getattr(leaf, "mixture", partial(sum_of_options, leaf)), gates[leaf.choice.name]))
+        for leaf in cast(Sequence[Any], leaves)
+    ]
+    try:
+        for leaf, forward in forwards:
+            leaf.forward = forward
+        yield
+    finally:
+        for leaf, _ in forwards:
+            del leaf.forward  # the class's own is back
+
+
+def sum_of_options(leaf: Elastic, gates: Tensor, x: Any) -> Any:
+    """``sum_k gates[k] option_k(x)``, every option run."""
+    terms = [gate * leaf.option(value, x) for gate, value in zip(gates, leaf.choice.options, strict=True)]
+    return sum(terms[1:], start=terms[0])
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -126,6 +154,16 @@ class ElasticConv2d(nn.Module):
             return F.conv2d(x[:, :, :: self.stride, :: self.stride], self.kernel(1), self.bias, groups=self.groups)
         return F.conv2d(x, self.kernel(value), self.bias, self.stride, padding, self.dilation, self.groups)
 
+    def mixture(self, gates: Tensor, x: Tensor) -> Tensor:
+        """One convolution: ``W = sum_k gates[k] pad(W_k)``, smaller kernels with zeros around them."""
+        largest = self.weight.shape[-1]
+        smaller = [(gate, size) for gate, size in zip(gates, self.choice.options, strict=True) if size < largest]
+        weight = gates[self.choice.index(largest)] * self.weight
+        for gate, size in smaller:
+            weight = weight + F.pad(gate * self.kernel(size), ((largest - size) // 2,) * 4)
+        bias = None if self.bias is None else gates.sum() * self.bias
+        return F.conv2d(x, weight, bias, self.stride, self.dilation * (largest - 1) // 2, self.dilation, self.groups)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.option(self.active, x)
 
@@ -160,11 +198,45 @@ class ElasticActivation(nn.Module):
     def option(self, value: str, x: Tensor) -> Tensor:
         return self.functions[self.choice.index(value)](x)
 
+    def mixture(self, gates: Tensor, x: Tensor) -> Tensor:
+        return MixedActivation.apply(x, gates, tuple(self.functions))
+
     def forward(self, x: Tensor) -> Tensor:
         return self.option(self.active, x)
 
     def plain(self) -> nn.Module:
         return self.functions[self.choice.index(self.active)]
+
+
+class MixedActivation(torch.autograd.Function):
+    """``y = sum_k gates[k] f_k(x)`` of functions of each number by itself, which are run again in the backward pass: it
+    remembers x, as one of them alone would, and not what each of them needs.
+
+    Shape: any, unchanged; gates ``[functions]``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor, functions: tuple[nn.Module, ...]) -> Tensor:
+        ctx.save_for_backward(x, gates)
+        ctx.functions = functions
+        y = torch.zeros_like(x)
+        for gate, function in zip(gates.to(x.dtype), functions, strict=True):
+            y.addcmul_(function(x), gate)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gates = ctx.saved_tensors
+        dx, dgates = torch.zeros_like(x), torch.zeros_like(gates)
+        for place, (gate, function) in enumerate(zip(gates.to(x.dtype), ctx.functions, strict=True)):
+            with torch.enable_grad():
+                x_k = x.detach().requires_grad_()
+                y_k = function(x_k).view_as(x_k)  # an identity would hand on x itself
+            if ctx.needs_input_grad[1]:
+                dgates[place] = (y_k.detach() * dy).sum(dtype=gates.dtype)
+            if ctx.needs_input_grad[0]:
+                dx.addcmul_(torch.autograd.grad(y_k, x_k, dy)[0], gate)
+        return dx, dgates, None
 
 
 class SwitchableNorm(nn.Module):
@@ -183,6 +255,17 @@ class SwitchableNorm(nn.Module):
 
     def option(self, value: Any, x: Tensor) -> Tensor:
         return self.norms[self.choice.index(value)](x)
+
+    def mixture(self, gates: Tensor, x: Tensor) -> Tensor:
+        """In training all norms divide by the same statistics of the batch, so it is one norm with the mixed scale and
+        shift. It moves no running statistics: those of a mixture fit no subnet.
+        """
+        first = self.norms[0]
+        if not isinstance(first, _BatchNorm) or not self.training:
+            return sum_of_options(self, gates, x)
+        weight = sum(gate * norm.weight for gate, norm in zip(gates, self.norms, strict=True))
+        bias = sum(gate * norm.bias for gate, norm in zip(gates, self.norms, strict=True))
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=first.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.option(self.active, x)
@@ -211,6 +294,15 @@ class ElasticSequential(nn.Module):
         for block in self.blocks()[:value]:
             x = block(x)
         return x
+
+    def mixture(self, gates: Tensor, x: Tensor) -> Tensor:
+        """Every block runs once: the sum is over what the first, the second, ... of them gives."""
+        total: Any = 0
+        for index, block in enumerate(self.blocks()):
+            x = block(x)
+            if index + 1 in self.choice.options:
+                total = total + gates[self.choice.index(index + 1)] * x
+        return total
 
     def forward(self, x: Tensor) -> Tensor:
         return self.option(self.active, x)

@@ -1,21 +1,23 @@
 """A network that holds every option of every choice, with the architecture parameters that weigh them.
 
 A *decision* is what one vector of architecture parameters decides: in a ``shared`` supernet each choice (kernel, act,
-number of a row), in an ``independent`` one all choices of a row together.
+number of a row), in an ``independent`` one all choices of a row together. A ``merge`` supernet has the weights and
+decisions of a ``shared`` one, and can also run as a mixture of all its subnets at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data.structures import Targets
-from models.elastic import Elastic, IndependentRow, WithAux, elastic_leaves, plain_state
+from data.structures import Fault, Targets
+from models.elastic import Elastic, IndependentRow, WithAux, blended, elastic_leaves, plain_state
 from models.graph import Graph, normalize, resolve
 from models.network import Network, build, joint_choice
 from models.spec import Choice, ModelSpec
@@ -28,14 +30,15 @@ class Supernet(nn.Module):
     of subnets and fit none, so a subnet is calibrated (`engine.calibrate`) before it is judged. What is only looked at
     for the architecture parameters moves nothing.
 
-    `norms` says what the batch norms of a ``shared`` supernet are kept for, see `Network`.
+    `norms` says what the batch norms of a ``shared`` or ``merge`` supernet are kept for, see `Network`. Raises `Fault`
+    where a row cannot be held in this way.
     """
 
     def __init__(self, spec: ModelSpec, kind: str, norms: str = "act") -> None:
         super().__init__()
         graph: Graph = resolve(normalize(spec))
         self.kind = kind
-        self.network = Network(graph, kind, norms)
+        self.network = Network(graph, "shared" if kind == "merge" else kind, norms)
         joint = (
             {node.index: joint_choice(node) for node in graph.nodes if node.choices} if kind == "independent" else {}
         )
@@ -44,6 +47,8 @@ class Supernet(nn.Module):
         self._all = {decision.name: decision.options for decision in self.decisions}
         self.alphas = nn.ParameterList(torch.zeros(len(decision.options)) for decision in self.decisions)
         self._leaves = tuple(leaf for _, leaf in elastic_leaves(self.network))  # found once: every step asks for them
+        if kind == "merge":
+            check_merges(self.network)
 
     @property
     def spec(self) -> ModelSpec:
@@ -71,6 +76,14 @@ class Supernet(nn.Module):
         decided = self.decide(picks)
         for leaf in self._leaves:
             leaf.active = decided[leaf.choice.name]
+
+    def mixed(self, gates: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Inside, the forward is that of the mixture of all subnets by these gates ``[options]`` of every decision:
+        kernels are one kernel, activations and numbers of blocks are sums of what each of them gives.
+
+        Gates are differentiable. A derived network has none of it.
+        """
+        return blended(self._leaves, gates)
 
     def probabilities(self) -> dict[str, Tensor]:
         """softmax(alpha) of every decision, ``[options]``; differentiable."""
@@ -103,6 +116,19 @@ class Supernet(nn.Module):
             towards = torch.autograd.grad(value, [_output(y) for _, _, y in seen], materialize_grads=True)
             gradients = self._gate_products(seen, towards, among or self._all, targets)
         return value.detach(), gradients
+
+    def mixture_gradients(
+        self, gates: Mapping[str, Tensor], loss: Callable[[Network], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a mixture and ``dL/dg`` ``[options]`` for its gates, by ordinary backpropagation.
+
+        The weights get no gradient, what lies before the first choice is not differentiated, and no statistics move.
+        """
+        own = {name: gate.detach().requires_grad_() for name, gate in gates.items()}
+        with _weights_held(self.network), _statistics_held(self.network), self.mixed(own):
+            value = loss(self.network)
+            gradients = torch.autograd.grad(value, list(own.values()), materialize_grads=True)
+        return value.detach(), dict(zip(own, gradients, strict=True))
 
     @torch.no_grad()
     def _gate_products(
@@ -147,6 +173,19 @@ class Supernet(nn.Module):
         network.load_state_dict(plain_state(self.network))
         reference = next(self.network.parameters())
         return network.to(reference.device, reference.dtype).train(self.training)
+
+
+def check_merges(network: Network) -> None:
+    """Raises `Fault` with a line for each row that holds whole blocks side by side: their weights do not add up."""
+    faults = []
+    for node, layer in zip(network.graph.nodes, network.layers, strict=True):
+        if isinstance(layer, IndependentRow):
+            faults.append(
+                f"{node.layer.where} layer {node.index}: {node.op.name} holds a block for each option of "
+                f"{layer.choice.name}, which cannot be merged into one; --supernet shared can hold it"
+            )
+    if faults:
+        raise Fault(*faults)
 
 
 def architecture_loss(images: Tensor, targets: Targets) -> Callable[[Network], Tensor]:

@@ -14,8 +14,11 @@ class SearchConfig(RunConfig):
     """What `search.run.search` needs to know. What it shares with a training run is called as there."""
 
     resume: Path | None = Field(default=None, description="folder of a search to go on with")
-    supernet: Literal["shared", "independent"] = Field(
-        default="shared", description="one set of weights, or a block an option"
+    supernet: Literal["shared", "independent", "merge"] = Field(
+        default="shared", description="one set of weights, a block an option, or one set that runs as a mixture"
+    )
+    sandwich: bool = Field(
+        default=False, description="a step trains the largest subnet, a random one and the smallest; needs shared"
     )
     norms: Literal["act", "shared", "k_act"] = Field(
         default="act",
@@ -30,10 +33,31 @@ class SearchConfig(RunConfig):
     budget: tuple[str, ...] = Field(default=(), description="macs=900M, params=2.5M or latency_ms=12; may be repeated")
     runtime: Literal["torch", "onnxruntime"] = Field(default="torch", description="what latencies are measured with")
     latency_table: Path | None = Field(
-        default=None, description="latency.json of an earlier search of this space on this device"
+        default=None, description="latency.json of an earlier search of this space, or timings.json of another device"
+    )
+    latency_device: str = Field(
+        default="", description="the other device that --latency-table is of, as that file names it"
+    )
+    export_blocks: Path | None = Field(
+        default=None, description="folder for what another device has to time; nothing is searched then"
     )
     project: Path = Field(default=Path("runs/search"), description="folder of the runs")
     candidates: int = Field(default=24, ge=1, description="subnets that are judged, at most")
+    prune: float = Field(
+        default=0.0, ge=0, lt=1, description="part of the judging images after which the surely beaten are given up"
+    )
+    storage: str = Field(
+        default="",
+        description="where judged subnets are kept and shared: a journal file, by default in the run's folder, or "
+        "postgresql+psycopg://user@host/database",
+    )
+    worker: Path | None = Field(
+        default=None, description="folder of a search to help with its judging, from any machine that has the folder"
+    )
+    trials: int | None = Field(default=None, ge=1, description="subnets that this process judges, at most")
+    timeout: float | None = Field(
+        default=None, gt=0, description="seconds of judging, after which this process begins no other subnet"
+    )
     calibration: int = Field(default=128, ge=1, description="training images for a subnet's batch-norm statistics")
     arch_every: int = Field(default=5, ge=1, description="weight steps to one step of the architecture parameters")
     arch_warmup: float = Field(default=0.3, ge=0, lt=1, description="part of the search before alphas move")

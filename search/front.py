@@ -22,7 +22,7 @@ COSTS = ("macs", "params", "latency_ms", "latency_table_ms")  # in this order in
 AXES = {  # of the picture: name and unit
     "macs": ("GMACs", 1e9),
     "params": ("million parameters", 1e6),
-    "latency_ms": ("ms on this device", 1.0),
+    "latency_ms": ("ms", 1.0),
     "latency_table_ms": ("ms by the table", 1.0),
 }
 GREY, BLUE, PALE, ORANGE, GREEN, RED = "#9aa5b1", "#1f6feb", "#a9c7f7", "#e8590c", "#2b8a3e", "#c92a2a"

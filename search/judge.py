@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.dataset import ImageSet
-from data.loader import Batches, batches
+from data.loader import batches, collate
 from data.masks import read_mask
 from data.structures import Batch, Detections, Fault, Sample
 from engine.calibrate import calibrate_by
@@ -26,6 +26,8 @@ from models.spec import ModelSpec
 
 CONFIDENCE, IOU, MOST = 0.001, 0.6, 300  # as in `engine.evaluate.evaluate`
 TOGETHER = 8  # subnets behind one pass of the trunk; after so many, Ctrl-C finds some finished
+
+Found = dict[int, Any]  # what a network makes of images, by their place in their set
 
 
 @dataclass(frozen=True)
@@ -77,30 +79,61 @@ def judge(
     device: torch.device,
     progress: bool = True,
     done: Callable[[int, Verdict], None] | None = None,
+    first: Sequence[int] = (),
+    keep: Callable[[int, Verdict], bool] | None = None,
 ) -> list[Verdict]:
     """Calibrates every network on the `calibration` batches and measures it on `images`.
 
     Equal to `engine.calibrate.calibrate` and `engine.evaluate.evaluate` of one after the other; the networks are left
     calibrated, in eval mode, with one trunk in common. ``done(place, verdict)`` hears of each network as soon as it is
     measured, so that a Ctrl-C costs no more than what was under way.
+
+    With `keep` the `first` images, by their places in the set, come before the others: ``keep(place, verdict)`` hears
+    what was measured on these alone, and where it says no, that is the verdict, and `done` does not hear of it.
     """
     share_trunk(networks, trunk_rows)
-    loader = batches(images, batch_size)
+    whole = batches(images, batch_size)
+    chosen = set(first)
+    others = [place for place in range(len(images)) if place not in chosen]
     parts = [networks[start : start + TOGETHER] for start in range(0, len(networks), TOGETHER)]
-    passes = len(parts) * (len(calibration) + len(loader))
+    passes = len(parts) * (len(calibration) + len(whole))
     verdicts: list[Verdict] = []
     with tqdm(
         total=passes, desc=f"judging {len(networks)} subnets", unit="batch", disable=not progress, leave=False
     ) as bar:
+
+        def look(some: Sequence[Network], loader: Iterable[Batch], calibration: Sequence[Tensor]) -> list[Found]:
+            judging = judging_of(some[0].spec)
+            return _found(some, judging, trunk_rows, calibration, images.samples, loader, device, bar.update)
+
+        def measured(found: Found) -> Verdict:
+            samples = [images.samples[index] for index in sorted(found)]
+            in_order = [found[index] for index in sorted(found)]
+            return Verdict(*judging_of(networks[0].spec).measured(samples, in_order, names))
+
         for part in parts:
-            judging = judging_of(part[0].spec)
-            for found in _found(part, judging, trunk_rows, calibration, images.samples, loader, device, bar.update):
-                samples = [images.samples[index] for index in found]
-                verdict = Verdict(*judging.measured(samples, list(found.values()), names))
-                if done is not None:
+            found = look(part, by_place(images, sorted(chosen), batch_size) if keep else whole, calibration)
+            kept = range(len(part))
+            early: dict[int, Verdict] = {}
+            if keep:
+                early = {place: measured(found[place]) for place in kept}
+                stay = [place for place in kept if keep(len(verdicts) + place, early[place])]
+                early = {place: verdict for place, verdict in early.items() if place not in stay}
+                rest = look([part[n] for n in stay], by_place(images, others, batch_size), ()) if stay else []
+                for place, more in zip(stay, rest, strict=True):
+                    found[place] |= more
+            for place in kept:
+                verdict = early.get(place) or measured(found[place])
+                if done is not None and place not in early:
                     done(len(verdicts), verdict)
                 verdicts.append(verdict)
     return verdicts
+
+
+def by_place(images: ImageSet, places: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    """Some images of a set in batches, by their places in it."""
+    for start in range(0, len(places), batch_size):
+        yield collate([images[place] for place in places[start : start + batch_size]])
 
 
 @torch.no_grad()
@@ -110,11 +143,11 @@ def _found(
     trunk_rows: int,
     calibration: Sequence[Tensor],
     samples: Sequence[Sample],
-    loader: Batches,
+    loader: Iterable[Batch],
     device: torch.device,
     passed: Callable[[], Any],
-) -> list[dict[int, Any]]:
-    """What every network, calibrated, finds in the images, by their place in their set and in its order."""
+) -> list[Found]:
+    """What every network finds in the images, by their place in their set; calibrated first, if there are batches."""
     subnets = nn.ModuleList(networks).eval()
     rows = range(trunk_rows, len(networks[0].layers))
 
@@ -128,8 +161,9 @@ def _found(
             pass
         passed()
 
-    calibrate_by(subnets, run_all, calibration)
-    found: list[dict[int, Any]] = [{} for _ in networks]
+    if calibration:
+        calibrate_by(subnets, run_all, calibration)
+    found: list[Found] = [{} for _ in networks]
     for batch in loader:
         shown = [samples[index] for index in batch.indices]
         for network, outputs, kept in zip(networks, tails(pixels(batch, device)), found, strict=True):

@@ -433,18 +433,9 @@ def device_timer(
     place = device if runtime == "torch" else CPU
     rng = np.random.default_rng(0)
 
-    def names_of(subnet: Architecture) -> list[tuple[int, Architecture]]:
-        picks = [{choice.name: subnet.picks[choice.name] for choice in node.choices} for node in graph.nodes]
-        return [(index, Architecture(of_row)) for index, of_row in enumerate(picks)]
-
     def prepare(subnets: Sequence[Architecture]) -> None:
-        for one in tqdm(subnets, "building", unit="subnet", leave=False, delay=2, disable=not progress):
-            if all(name in layers for name in names_of(one)):
-                continue
-            network = deployed(Network(resolve(graph.spec.freeze(one.picks))), place)
-            frames[:] = frames or [network]
-            for name, layer in zip(names_of(one), network.layers, strict=True):
-                layers.setdefault(name, layer)
+        built = add_layers(graph, subnets, place, layers, progress)
+        frames[:] = frames or ([built] if built else [])
         if runtime == "onnxruntime":
             missing = [name for name in layers if name not in written]
             rows = [(graph.nodes[name[0]], layers[name]) for name in missing]
@@ -457,7 +448,7 @@ def device_timer(
         return onnx_run(written[name], inputs_of(node, imgsz), device)
 
     def subnet_run(subnet: Architecture) -> Run:
-        names = names_of(subnet)
+        names = row_names(graph, subnet)
         if runtime == "onnxruntime":
             return onnx_run(joined(graph, [written[name] for name in names], imgsz), [image_of(imgsz, CPU)], device)
         (frame,) = frames
@@ -493,6 +484,32 @@ def device_timer(
         return in_order[: len(rows)], in_order[len(rows) :]
 
     return timed
+
+
+def row_names(graph: Graph, subnet: Architecture) -> list[tuple[int, Architecture]]:
+    """Every row's index with the picks of its choices: equal rows of subnets have equal names."""
+    picks = [{choice.name: subnet.picks[choice.name] for choice in node.choices} for node in graph.nodes]
+    return [(index, Architecture(of_row)) for index, of_row in enumerate(picks)]
+
+
+def add_layers(
+    graph: Graph,
+    subnets: Sequence[Architecture],
+    place: torch.device,
+    layers: dict[tuple[int, Architecture], nn.Module],
+    progress: bool = True,
+) -> Network | None:
+    """Adds the fused rows of subnets to `layers`, by their `row_names`. A network that was built for it, if any was."""
+    frame = None
+    for one in tqdm(subnets, "building", unit="subnet", leave=False, delay=2, disable=not progress):
+        names = row_names(graph, one)
+        if all(name in layers for name in names):
+            continue
+        network = deployed(Network(resolve(graph.spec.freeze(one.picks))), place)
+        frame = frame or network
+        for name, layer in zip(names, network.layers, strict=True):
+            layers.setdefault(name, layer)
+    return frame
 
 
 def covering(graph: Graph, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Architecture]:

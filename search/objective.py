@@ -95,13 +95,16 @@ def architecture_step(
     form: str = "hinge",
     paths: str = "full",
     rng: np.random.Generator | None = None,
+    mixture: Mapping[str, Tensor] | None = None,
     reduce: Callable[[list[Tensor]], None] | None = None,
 ) -> tuple[float, Prices]:
     """One step of the architecture parameters at the sampled options `decided`; weights and norms stay as they are.
 
     `progress` is the part of the search that is done, 0 to 1. `paths` is ``full``, where every option of a decision is
     looked at, or ``two``: `rng` draws a second option beside the sampled one, one of the two runs, and these two alone
-    move, their joint probability staying what it was (ProxylessNAS, section 3.2.1). `reduce` averages tensors over
+    move, their joint probability staying what it was (ProxylessNAS, section 3.2.1). With a `mixture`, gates that are
+    functions of the alphas (`search.sampling.relaxed`), all subnets run as one in place of `decided`, and the loss goes
+    back to the alphas through it; costs are those under the probabilities all the same. `reduce` averages tensors over
     processes in place. Returns the detection loss and the prices from here on, equal on all of them. A loss that is not
     a finite number moves nothing.
     """
@@ -110,9 +113,11 @@ def architecture_step(
     if paths == "two":
         assert rng is not None
         decided, among = drawn_pairs(supernet.decisions, probabilities, decided, rng)
-    loss, gate_gradients = supernet.gate_gradients(
-        supernet.picks(decided), architecture_loss(images, targets), among, targets
-    )
+    judged = architecture_loss(images, targets)
+    if mixture is None:
+        loss, gate_gradients = supernet.gate_gradients(supernet.picks(decided), judged, among, targets)
+    else:
+        loss, gate_gradients = supernet.mixture_gradients(mixture, judged)
     if reduce is not None:
         reduce([loss, *gate_gradients.values()])
     value = float(loss)
@@ -127,14 +132,16 @@ def architecture_step(
     disorder = sum((-(p * p.clamp(min=1e-12).log()).sum().cpu() for p in probabilities.values()), torch.zeros(()))
     objective = FORMS[form](share, ratios, lambdas) - entropy * (1 - progress) * disorder
     slope, *direct = torch.autograd.grad(objective, [share, *probabilities.values()], materialize_grads=True)
-    gradients = {
-        name: gate_gradients[name] * (float(slope) / mean) + towards.to(gate_gradients[name])
-        for name, towards in zip(probabilities, direct, strict=True)
-    }
+    by_loss = {name: gate_gradients[name] * (float(slope) / mean) for name in probabilities}
+    by_probability = {name: part.to(by_loss[name]) for name, part in zip(probabilities, direct, strict=True)}
 
     joint = joint_logits(supernet, among)
     optimizer.zero_grad(set_to_none=True)
-    supernet.set_alpha_gradients(gradients, among)
+    if mixture is None:
+        supernet.set_alpha_gradients({name: by_loss[name] + by_probability[name] for name in by_loss}, among)
+    else:
+        supernet.set_alpha_gradients(by_probability)
+        torch.autograd.backward(list(mixture.values()), [by_loss[name] for name in mixture])
     optimizer.step()
     settle(supernet, among, joint)
     if form == "hinge":

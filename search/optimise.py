@@ -145,14 +145,54 @@ def main_effects(space: SearchSpace, results: Mapping[Architecture, Values]) -> 
     """An estimate of the first value: a sum over choices of what each option adds, fitted to `results` (ridge
     regression with a unit penalty, so that few results say little).
     """
+    effects, _ = fitted(space, {one: values[0] for one, values in results.items()})
+    return lambda one: float(one_hot(space, one) @ effects)
 
-    def one_hot(one: Architecture) -> np.ndarray:
-        return np.concatenate([np.eye(len(c.options))[c.index(one.picks[c.name])] for c in space.choices])
 
-    x = np.array([one_hot(one) for one in results])
-    y = np.array([values[0] for values in results.values()])
-    effects = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ (y - y.mean()))
-    return lambda one: float(one_hot(one) @ effects)
+def fitted(space: SearchSpace, values: Mapping[Architecture, float]) -> tuple[np.ndarray, float]:
+    """What every option adds to a value, ``[options of all choices]``, and the part of the values' variance that this
+    predicts when each subnet is left out in turn: 1 at best, 0 and below where it predicts nothing.
+    """
+    x = np.array([one_hot(space, one) for one in values])
+    y = np.array(list(values.values()))
+    gram = x.T @ x + np.eye(x.shape[1])
+    effects = np.linalg.solve(gram, x.T @ (y - y.mean()))
+    share = np.einsum("ij,ji->i", x, np.linalg.solve(gram, x.T)) + 1 / len(
+        y
+    )  # of a subnet's own value in its prediction
+    left_out = (y - y.mean() - x @ effects) / (1 - share).clip(min=1e-9)
+    spread = float(((y - y.mean()) ** 2).sum())
+    return effects, 1 - float((left_out**2).sum()) / spread if spread else 0.0
+
+
+def one_hot(space: SearchSpace, one: Architecture) -> np.ndarray:
+    return np.concatenate([np.eye(len(c.options))[c.index(one.picks[c.name])] for c in space.choices])
+
+
+def importances(space: SearchSpace, scores: Mapping[Architecture, float]) -> list[dict[str, Any]]:
+    """How much each choice matters to the score, the most important first: rows of ``importances.csv``.
+
+    The importance is the choice's share of the variance that options' effects add up to (`fitted`), 0 to 1; `explained`
+    is how well these effects predict a score at all. Beside it the options that add most and least, and by how much
+    they differ. Nothing where under three subnets are known or all score the same.
+    """
+    if len(scores) < 3 or len(set(scores.values())) == 1:
+        return []
+    effects, explained = fitted(space, scores)
+    parts = np.split(effects, np.cumsum([len(choice.options) for choice in space.choices])[:-1])
+    variances = [float(part.var()) for part in parts]
+    rows = [
+        {
+            "choice": choice.name,
+            "importance": variance / sum(variances),
+            "best": choice.options[int(part.argmax())],
+            "worst": choice.options[int(part.argmin())],
+            "difference": float(part.max() - part.min()),
+            "explained": explained,
+        }
+        for choice, part, variance in zip(space.choices, parts, variances, strict=True)
+    ]
+    return sorted(rows, key=lambda row: -row["importance"])
 
 
 def new_study(seed: int, population: int, objectives: int) -> Any:

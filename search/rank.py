@@ -3,6 +3,8 @@
 Values are to be large (AP, accuracy) and come as two sequences of equal length, one value a subnet. No agreement can be
 read without its ceiling: the same networks trained with another seed agree only so far (NAS-Bench-Macro: tau .88 over
 all networks, .18 within the best tenth), and plain MACs are no bad ranking either.
+
+python -m search.rank runs/search/exp --subnets 12 --seeds 2 --epochs 100
 """
 
 from __future__ import annotations
@@ -33,6 +35,17 @@ def kendall_tau(x: Values, y: Values) -> float:
             insort(below, value)
     untied = untied_pairs(a) * untied_pairs(b)
     return agreeing / math.sqrt(untied) if untied else math.nan
+
+
+def tau_within(x: Values, y: Values, strata: Values) -> float:
+    """Kendall's tau-b over those pairs alone that share a stratum, as one of subnets with equal MACs: what a ranking
+    knows beyond them. nan where there is no pair that is tied in neither.
+    """
+    a, b = paired(x, y)
+    same = np.triu(np.equal.outer(np.asarray(strata), np.asarray(strata)), k=1)
+    of_a, of_b = (np.sign(np.subtract.outer(values, values))[same] for values in (a, b))
+    untied = float((of_a**2).sum() * (of_b**2).sum())
+    return float((of_a * of_b).sum()) / math.sqrt(untied) if untied else math.nan
 
 
 def untied_pairs(values: np.ndarray) -> int:
@@ -109,3 +122,11 @@ def paired(x: Values, y: Values) -> tuple[np.ndarray, np.ndarray]:
 def best(scores: np.ndarray, k: int) -> np.ndarray:
     """The numbers of the `k` largest, of equal ones the earlier."""
     return np.argsort(-scores, kind="stable")[:k]
+
+
+if __name__ == "__main__":
+    import sys
+
+    from search.rank_study import main
+
+    sys.exit(main())

@@ -35,6 +35,7 @@ from search.report_data import (
     TITLES,
     Run,
     Subnet,
+    cell,
     cost_number,
     cost_text,
     costs_text,
@@ -73,6 +74,7 @@ def page(run: Run) -> str:
         "front": ("Front", front_section(run)),
         "all": ("All subnets", cloud_section(run)),
         "choices": ("Choices over time", alphas_section(run)),
+        "importance": ("What matters", importance_section(run)),
         "training": ("Training", training_section(run)),
         "latency": ("Latency", latency_section(run)),
         "retraining": ("Retraining", retraining_section(run)),
@@ -601,6 +603,32 @@ def training_section(run: Run) -> str:
 # ---- latency
 
 
+def importance_section(run: Run) -> str:
+    """How much each choice matters to the score, by `search.optimise.importances`."""
+    if not run.importances:
+        return ""
+    lines = []
+    for place, row in enumerate(run.importances, start=2):
+        where = f"{run.folder}/importances.csv:{place}"
+        share, difference = (cell(row, name, where) for name in ("importance", "difference"))
+        best, worst = (escaped(row.get(name, "")) for name in ("best", "worst"))
+        cells = f"{number(share, '{:.0%}')}<td>{best}</td><td>{worst}</td>{number(difference)}"
+        lines.append(f"<tr><td>{escaped(row.get('choice', ''))}</td>{cells}</tr>")
+    explained = cell(run.importances[0], "explained", f"{run.folder}/importances.csv:2") or 0.0
+    trust = (
+        f"Together they predict {explained:.0%} of how the score of a subnet that was left out differs from the mean."
+        if explained > 0
+        else "They do not predict the score of a subnet that was left out: too few were judged, or the choices matter "
+        "too little, to believe this table."
+    )
+    return (
+        f"<h2>What matters: the choices and {run.score}</h2><p>Of the judged subnets, the part that each choice has in "
+        f"what the options' effects on {run.score} add up to, fitted as a sum over choices; then the options that add "
+        f"most and least, and how far these two are apart. {trust}</p>"
+        + table(["choice", ">importance", "best", "worst", ">difference"], lines, sortable=True)
+    )
+
+
 def latency_section(run: Run) -> str:
     title = "<h2>Latency: the table against measurement</h2>"
     found = run.latency
@@ -842,12 +870,16 @@ FILES = {
     "space.json": "the choices, how many subnets they span, and the hash by which a subnet of another space is refused",
     "front.csv": "every judged subnet",
     "front.png": "the front as a picture",
+    "importances.csv": "how much each choice matters to the score of the judged subnets",
+    "study.journal": "what was judged, as an Optuna study that workers share",
+    "study.json": "where that study lies, for search.py --worker",
     "losses.csv": "the loss of every subnet",
     "alphas.csv": "alpha and probability of every option after every epoch",
     "results.csv": "losses, learning rate and seconds of every epoch",
     "latency.json": "the table of latencies, and how well it predicts",
     "retrain.csv": "{score} inherited, calibrated, fine-tuned and retrained",
     "retrain": "the runs of these trainings",
+    "rank": "of python -m search.rank: its trainings, a file each, and rank.html",
     "best.yaml": "the best subnet as a plain model file",
     "best.pt": "its checkpoint, for train.py, val.py, detect.py and export.py",
     "last.pt": "what a search that was stopped goes on from, with --resume",

@@ -72,6 +72,7 @@ class Run:
     results: Mapping[str, Sequence[tuple[float, float]]]  # column: (epoch, value)
     losses: Mapping[str, np.ndarray]  # column: a value a subnet
     retrained: Sequence[tuple[int, Mapping[str, float]]]  # subnet: what of it was measured
+    importances: Sequence[Mapping[str, str]]  # rows of importances.csv
     latency: Mapping[str, Any]
     graph: Graph | None  # of search.yaml
 
@@ -170,6 +171,7 @@ def read_run(folder: Path) -> Run:
         results=read_results(folder / "results.csv"),
         losses=read_losses(folder / "losses.csv"),
         retrained=read_retrained(folder / "retrain.csv"),
+        importances=read_csv(folder / "importances.csv"),
         latency=read_mapping(folder / "latency.json"),
         graph=graph,
     )

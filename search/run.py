@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import torch
 
 from data.config import read_data_spec
 from data.dataset import ImageSet
-from data.structures import Fault, Sample
+from data.structures import Fault
 from engine import distributed
 from engine.config import add_options, checked, save_config
 from engine.doors import door, option_parser, parse_options
 from engine.evaluate import calibration_images, check_imgsz
 from engine.plan import check_single
-from engine.runs import new_run, write_text
+from engine.runs import new_run, write_csv, write_text
 from engine.tasks import Task, check_options, evaluate, task_of
 from engine.train import augmentation, describe, read_labelled
 from engine.unfold import with_statistics
@@ -33,20 +32,24 @@ from models.graph import resolve
 from models.parse import dump
 from models.supernet import Supernet
 from search import tango
+from search.blocks import check_device, export_blocks, foreign_table
 from search.config import SearchConfig
 from search.costs import CostTable, check_budgets, cost_tables, format_cost, parse_budget
-from search.find import Trial, calibrated, find, save_subnet
+from search.find import Found, Trial, calibrated, find, save_subnet, study_name
 from search.front import Judged, draw_front, front_table, on_front, write_front
 from search.judge import judging_of
 from search.latency import SECONDS, LatencyTable, latency_table, read_table, write_table
 from search.objective import check_form
+from search.optimise import importances
+from search.parts import split_train
 from search.propose import argmax
 from search.report import write_report
 from search.retrain import retrain, retrain_table
-from search.space import Architecture, SearchSpace
-from search.train import lengths, reopen, train_supernet, weight_batches
-
-JUDGING_PART, FEWEST_JUDGING, MOST_JUDGING = 0.2, 32, 2_000  # of the training images; the weights never see them
+from search.sandwich import sizes
+from search.space import SearchSpace
+from search.storage import JOURNAL, Limits, Queue, check_address, close, create, open_storage
+from search.train import check_supernet, lengths, reopen, train_supernet, weight_batches
+from search.worker import ABOUT, help_judging
 
 Say = Callable[[str], None]
 
@@ -75,8 +78,12 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
         config, folder, resumed = reopen(config)
     if config.tango:
         config = tango.settings(config)
+    check_supernet(config)
     budgets = [parse_budget(text) for text in config.budget]
     check_form(config.objective, budgets)
+    check_address(config.storage)
+    if config.latency_device and not config.latency_table:
+        raise Fault(f"--latency-device {config.latency_device}: what it takes, --latency-table has to say")
     if config.cfg is None or config.data is None:
         raise Fault("--cfg and --data are needed: a model YAML with choices, and the YAML of a data set")
     world = distributed.start(config.device)
@@ -84,6 +91,8 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     say: Say = print if progress else lambda line: None
 
     with distributed.together(world):
+        if config.storage and world.is_first:
+            open_storage(config.storage)  # what is wrong with it is told now, not after the training
         # The data, in three parts: images for the weights, for alphas and judging, and to report.
         data = read_data_spec(config.data)
         train_split, val_split = read_labelled(data, "train"), read_labelled(data, "val")
@@ -114,7 +123,16 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
             least, most = (table.extreme(largest)[0] for largest in (False, True))
             say(f"  {metric}: {format_cost(metric, least)} to {format_cost(metric, most)}")
         check_budgets(budgets, tables)
+        if config.export_blocks:
+            if world.is_first:
+                graph = resolve(supernet.spec)
+                files = export_blocks(graph, config.imgsz, config.export_blocks, config.seed, progress)
+                say("\n".join(map(str, files)))
+                say(f"on the other device: python {files[1].name} --device NAME --threads N")
+            return None
         lengths(weight_images, config, world)  # nor does a search begin that is too short
+        if config.sandwich:
+            sizes(tables["macs"])  # or whose subnets are all of one size
         check_single(supernet.network, config.imgsz, weight_batches(weight_images, config, world)(epoch=1).lists)
         if config.weights and not resumed:
             seen = (weight_images, config.calibration, config.seed, "cpu", augmentation(config))
@@ -150,18 +168,26 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     trial = Trial(
         supernet, space, tables, budgets, config, calibration, judge_images, data.names, world.device, progress
     )
-    judged: dict[Architecture, Judged] = {}
+    trial = replace(trial, timed_here=not config.latency_device)
+    trial = replace(trial, queue=open_queue(trial, folder, say), limits=Limits(config.trials, config.timeout))
+    known = Found()
     stopped = False
     try:
-        find(trial, judged, folder)
-    except KeyboardInterrupt:
-        if not judged:
+        find(trial, known, folder)
+    except (KeyboardInterrupt, TimeoutError) as stop:
+        if not known.judged:
             raise
-        stopped = True
-        say(f"stopped; this is the front of the {len(judged)} subnets that were judged until now")
+        stopped = isinstance(stop, KeyboardInterrupt)
+        say(f"{str(stop) or 'stopped'}; this is the front of the {len(known.judged)} subnets judged until now")
+    finally:
+        if trial.queue:
+            close(trial.queue)
+    if known.given_up:
+        say(f"{len(known.given_up)} more were given up after a part of the images: others beat them surely")
 
     # The front and its files.
-    found = list(judged.values())
+    found = sorted(known.judged.values(), key=lambda one: one.number)
+    write_csv(folder / "importances.csv", importances(space, {one.architecture: one.score for one in found}))
     metrics = trial.metrics
     front = on_front(found, metrics)
     best = max(range(len(found)), key=lambda place: (found[place].score, -found[place].costs["macs"]))
@@ -184,7 +210,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     say(f"alpha alone would pick: {argmax(supernet)}")
     if stopped:
         write_report(folder)
-        raise KeyboardInterrupt(f"stopped; {folder / 'front.csv'} has the front; judging anew: --resume {folder}")
+        raise KeyboardInterrupt(f"stopped; {folder / 'front.csv'} has the front; goes on with: --resume {folder}")
     reached = evaluate(
         network, val_images, names=data.names, batch_size=config.batch_size, device=world.device, progress=progress
     )
@@ -218,42 +244,16 @@ def told(task: Task, metrics: Any) -> str:
     return ", ".join(f"{title} {value:.3f}" for title, value in numbers.items() if not math.isnan(value))
 
 
-def split_train(samples: Sequence[Sample], by_class: bool = False) -> tuple[list[Sample], list[Sample]]:
-    """Images for the weights, and images for alphas and judging: disjoint, chosen by the hash of the file's name.
-
-    The second part is a fifth, at least 32 and at most 2,000 images, and never more than half. With `by_class` each
-    class, which is that of an image's one box, gives its share.
-    """
-    ranked = sorted(samples, key=lambda sample: hashlib.sha256(sample.path.name.encode()).digest())
-    count = round(JUDGING_PART * len(ranked))
-    count = min(max(count, FEWEST_JUDGING), MOST_JUDGING, len(ranked) // 2)
-    if count < 1:
-        raise Fault(f"a search needs two or more training images, got {len(ranked)}")
-    if by_class:
-        ranked = spread_by_class(ranked)
-    judging = {sample.path for sample in ranked[:count]}
-    return [s for s in samples if s.path not in judging], [s for s in samples if s.path in judging]
-
-
-def spread_by_class(samples: Sequence[Sample]) -> list[Sample]:
-    """The same in such an order that any first part of them has its share of every class; else as they were."""
-    classes = [int(sample.labels[0]) for sample in samples]
-    sizes, seen = Counter(classes), Counter[int]()
-    places = []
-    for label in classes:
-        places.append((seen[label] + 0.5) / sizes[label])
-        seen[label] += 1
-    order = sorted(range(len(samples)), key=lambda index: places[index])
-    return [samples[index] for index in order]
-
-
 def find_latencies(
     supernet: Supernet, config: SearchConfig, folder: Path | None, device: torch.device, progress: bool
 ) -> LatencyTable:
     """The table of this device: the one that a resumed search began with, the one that was given, or a new one."""
     graph = resolve(supernet.spec)
     known = folder / "latency.json" if folder else config.latency_table
+    if known and config.latency_device:
+        return foreign_table(known, graph, config.imgsz, named=config.latency_device, runtime=config.runtime)
     if known:
+        check_device(known, config.latency_device, device)
         return read_table(known, graph, config.imgsz, device=device, runtime=config.runtime, progress=progress)
     return latency_table(
         graph,
@@ -286,7 +286,8 @@ def start_folder(
 ) -> Path:
     """A folder for this search with all that is known before it begins; `images` counts those of each part."""
     folder = new_run(config.project, config.name, config.exist_ok)
-    for name in ("last.pt", "latency.json", "losses.csv", "front.csv", "retrain.csv"):  # of the search before
+    before = ("last.pt", "latency.json", "losses.csv", "front.csv", "retrain.csv", "importances.csv")
+    for name in (*before, ABOUT, JOURNAL, f"{JOURNAL}.lock"):  # of the search before
         (folder / name).unlink(missing_ok=True)
     save_config(folder / "config.yaml", config)
     write_text(folder / "search.yaml", dump(supernet.spec))
@@ -298,9 +299,28 @@ def start_folder(
     return folder
 
 
+def open_queue(trial: Trial, folder: Path, say: Say) -> Queue | None:
+    """The queue that workers may join, which ``study.json`` tells them of; None where Optuna is not installed."""
+    config = trial.config
+    if not config.storage and find_spec("optuna") is None:
+        say("note: Optuna is not installed (the extra `search`): no worker can help, and a --resume judges anew")
+        return None
+    storage = open_storage(config.storage or str(folder / JOURNAL))
+    name = study_name(trial, folder)
+    queue = create(storage, name, trial.space, 1 + len(trial.metrics))
+    where = config.storage if "://" in config.storage or not config.storage else str(Path(config.storage).resolve())
+    write_text(folder / ABOUT, json.dumps({"study": name, "storage": where}) + "\n")
+    say(f"judging; workers help with: python search.py --worker {folder}")
+    return queue
+
+
 @door
 def main(argv: Sequence[str] | None = None) -> int:
     parser = option_parser("Trains a supernet of a YAML's open choices and derives its best subnets within a budget.")
     add_options(parser, SearchConfig)
-    search(checked(SearchConfig, vars(parse_options(parser, argv)), "--"))
+    config = checked(SearchConfig, vars(parse_options(parser, argv)), "--")
+    if config.worker:
+        help_judging(config)
+    else:
+        search(config)
     return 0

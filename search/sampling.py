@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from models.spec import Choice
+
+WARMEST, COLDEST = 5.0, 0.1  # temperatures of a mixture (FBNet, arXiv 1812.03443, begins at 5)
 
 
 def fair_options(decisions: Sequence[Choice], seed: int, step: int) -> dict[str, Any]:
@@ -54,3 +57,46 @@ def drawn_pairs(
         pairs[decision.name] = (decision.options[first], decision.options[second])
         running[decision.name] = decision.options[runs]
     return running, pairs
+
+
+def gumbel_noise(decisions: Sequence[Choice], rng: np.random.Generator) -> dict[str, Tensor]:
+    """``-log(-log u)`` with u uniform in (0, 1), for every option ``[options]``, float64."""
+    return {d.name: torch.from_numpy(rng.gumbel(size=len(d.options))) for d in decisions}
+
+
+def relaxed(
+    decisions: Sequence[Choice], alphas: Iterable[Tensor], noise: Mapping[str, Tensor], temperature: float
+) -> dict[str, Tensor]:
+    """The gates ``softmax((alpha + noise) / temperature)`` of every decision ``[options]``; differentiable.
+
+    With Gumbel noise, their largest is a draw by ``softmax(alpha)``, and the colder they are the more of the mixture it
+    is (Jang et al., arXiv 1611.01144, equation 2).
+    """
+    return {
+        decision.name: ((alpha + noise[decision.name].to(alpha)) / temperature).softmax(dim=0)
+        for decision, alpha in zip(decisions, alphas, strict=True)
+    }
+
+
+def temperature(progress: float) -> float:
+    """From `WARMEST` to `COLDEST`, by the same factor every step; `progress` is 0 to 1 over the steps with mixtures."""
+    return WARMEST * (COLDEST / WARMEST) ** min(progress, 1.0)
+
+
+def mixing_epochs(epochs: int) -> int:
+    """How many epochs of a merging supernet have mixtures: all but the last fifth, which is rounded up."""
+    return 4 * epochs // 5
+
+
+def sandwich_options(
+    decisions: Sequence[Choice], largest: Mapping[str, Any], smallest: Mapping[str, Any], seed: int, step: int
+) -> list[dict[str, Any]]:
+    """Three options for every decision: of the largest subnet, a random one, and the smallest (BigNAS, arXiv
+    2003.11142, section 3.1).
+
+    `largest` and `smallest` name the options of what makes subnets larger. The others, such as activations, are
+    strictly fair over all three subnets, and those of the random one are strictly fair over steps.
+    """
+    middle = fair_options(decisions, seed, step)
+    sized = (largest, {name: middle[name] for name in largest}, smallest)
+    return [{**fair_options(decisions, seed, 3 * step + place), **given} for place, given in enumerate(sized)]

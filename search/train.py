@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.dataset import ImageSet
@@ -65,10 +66,19 @@ from search import tango
 from search.config import SearchConfig
 from search.costs import Budget, CostTable
 from search.objective import ENTROPY, Prices, architecture_step
-from search.sampling import drawn_options, fair_options
+from search.sampling import (
+    drawn_options,
+    fair_options,
+    gumbel_noise,
+    mixing_epochs,
+    relaxed,
+    sandwich_options,
+    temperature,
+)
+from search.sandwich import add_sandwich, sizes, teaching_note
 from search.space import SearchSpace
 
-ARCHITECTURE = 11  # purpose of a random stream: the paths of architecture steps
+ARCHITECTURE, MIXTURE = 11, 15  # purposes of random streams: paths of architecture steps, noise of weight steps
 ALPHA_REACH = 1.5  # how far an alpha may walk over a whole search with steps of one sign
 RATES = {**LEARNING_RATES, "Adam": 0.005, "AdamW": 0.005}  # of a supernet, each of whose weights moves in some steps
 SLOWEST_ALPHA, FASTEST_ALPHA = 1e-3, 5e-2  # bounds of its learning rate; the lower one is ProxylessNAS's
@@ -89,9 +99,11 @@ def train_supernet(
 ) -> None:
     """Weight steps on one part of the training images, steps of the architecture parameters on the other.
 
-    A weight step runs one subnet, strictly fair over the options. The weights end as their moving average; the
-    architecture parameters are those of the last step, never averaged. Where ``config.resume`` is set, it goes on from
-    the ``last.pt`` in `folder`, which is written after every epoch together with ``results.csv`` and ``alphas.csv``.
+    A weight step runs one subnet, strictly fair over the options, or three with ``config.sandwich``. A ``merge``
+    supernet runs all of them as one mixture, whose gates get colder, up to the last fifth of the epochs. The weights
+    end as their moving average; the architecture parameters are those of the last step, never averaged. Where
+    ``config.resume`` is set, it goes on from the ``last.pt`` in `folder`, which is written after every epoch together
+    with ``results.csv`` and ``alphas.csv``.
     `names` of the classes are for that checkpoint.
 
     Raises a Fault where no step is left for the architecture parameters, where the search to go on with began with
@@ -133,6 +145,13 @@ def train_supernet(
     augment = weight_images.augment
     calm = replace(augment, mosaic=0.0, mixup=0.0)
     calm_from = config.epochs - closing_epochs(config) + 1
+    mixing = mixing_epochs(config.epochs) if config.supernet == "merge" else 0
+    mixing_steps = mixing * (total_steps // config.epochs)
+    largest, smallest = sizes(tables["macs"]) if config.sandwich else ({}, {})
+    if config.sandwich:
+        say(teaching_note(network))
+    if mixing:
+        say(f"mixtures in the first {mixing} of {config.epochs} epochs, one subnet a step in the others")
     say(f"{chosen}, lr {lr:g}, {total_steps} weight steps; {arch_steps} steps of alpha, lr {arch_lr:.2g}")
 
     # A new search begins at epoch 1; a resumed one goes on from its last.pt.
@@ -192,6 +211,7 @@ def train_supernet(
             torch.manual_seed(config.seed + epoch)  # what a dropout draws
             network.train()
             weight_images.set_augment(augment if epoch < calm_from else calm)
+            mixes = epoch <= mixing
             sums: dict[str, float] = {}
             held_out: list[float] = []
             for number, batch in enumerate(share(epoch=epoch, workers=config.workers), 1):
@@ -203,13 +223,15 @@ def train_supernet(
                         judge_images, judge_size, turn - 1, seed=config.seed, rank=world.rank, world_size=world.size
                     )
                     rng = np.random.default_rng((config.seed, ARCHITECTURE, step))
+                    drawn = drawn_options(supernet.decisions, supernet.probabilities(), rng)
+                    mixture = mixed_gates(supernet, supernet.alphas, rng, step / mixing_steps) if mixes else None
                     with autocast(device, amp if amp == "bf16" else "off"):  # without a scaler fp16 underflows
                         value, prices = architecture_step(
                             supernet,
                             arch_optimizer,
                             pixels(judged, device),
                             judged.targets.to(device),
-                            drawn_options(supernet.decisions, supernet.probabilities(), rng),
+                            drawn,
                             prices,
                             budgets=priced,
                             tables=tables,
@@ -218,6 +240,7 @@ def train_supernet(
                             form=config.objective,
                             paths=config.gates,
                             rng=rng,
+                            mixture=mixture,
                             reduce=partial(average, world=world),
                         )
                     if not math.isfinite(value):
@@ -225,18 +248,27 @@ def train_supernet(
                             raise no_number("held-out loss", {"loss": value}, at, last_path)
                     held_out.append(value)
 
-                # The weights of one subnet.
-                if config.tango:
-                    decided = tango.sample(supernet, config.seed, step)
-                else:
-                    decided = fair_options(supernet.decisions, config.seed, step)
-                supernet.activate(supernet.picks(decided))
+                # The weights of one subnet, of three, or of the mixture of all.
                 lr_now = lr * lr_factor(step, total_steps, warmup_steps, config.lrf, config.cos_lr)
                 set_rates(optimizer, lr_now, step, warmup_steps, config)
                 size = drawn_size(config.imgsz, network.max_stride, config.seed, step) if config.multi_scale else None
                 # Of this loss in the step: the shares of the processes are averaged, not summed.
                 part = len(batch.images) * world.size / batch_size
-                values = add_gradients(mover, batch, at, part=part, imgsz=size)
+                if config.sandwich:
+                    three = sandwich_options(supernet.decisions, largest, smallest, config.seed, step)
+                    values = add_sandwich(mover, supernet, three, batch, at, part=part, imgsz=size)
+                elif mixes:
+                    rng = np.random.default_rng((config.seed, MIXTURE, step))
+                    alphas = [alpha.detach() for alpha in supernet.alphas]
+                    with supernet.mixed(mixed_gates(supernet, alphas, rng, step / mixing_steps)):
+                        values = add_gradients(mover, batch, at, part=part, imgsz=size)
+                else:
+                    if config.tango:
+                        decided = tango.sample(supernet, config.seed, step)
+                    else:
+                        decided = fair_options(supernet.decisions, config.seed, step)
+                    supernet.activate(supernet.picks(decided))
+                    values = add_gradients(mover, batch, at, part=part, imgsz=size)
                 move_weights(mover, at, values, check=number <= CHECKED_STEPS)
                 sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
                 means = {name: value / number for name, value in sums.items()}
@@ -305,6 +337,11 @@ def lengths(images: ImageSet, config: SearchConfig, world: World) -> tuple[int, 
     before = round(config.arch_warmup * total)
     if config.tango:
         before = tango.warmup_steps(config.epochs, steps_per_epoch)
+    if config.supernet == "merge" and mixing_epochs(config.epochs) < 1:
+        raise Fault(
+            f"--epochs {config.epochs}: a merging supernet has mixtures in all but the last fifth of its epochs, which "
+            f"here is all of them; --epochs 2 or more would be right"
+        )
     steps = max(0, total - 1 - before) // config.arch_every
     if steps < 1:
         raise Fault(
@@ -314,13 +351,29 @@ def lengths(images: ImageSet, config: SearchConfig, world: World) -> tuple[int, 
     return total, before, steps
 
 
+def mixed_gates(
+    supernet: Supernet, alphas: Iterable[Tensor], rng: np.random.Generator, progress: float
+) -> dict[str, Tensor]:
+    """The gates of a mixture by these alphas, functions of them, after a part of the steps that have mixtures."""
+    return relaxed(supernet.decisions, alphas, gumbel_noise(supernet.decisions, rng), temperature(progress))
+
+
 def reopen(config: SearchConfig) -> tuple[SearchConfig, Path, Checkpoint]:
     """The config, folder and last checkpoint of the search that ``config.resume`` names. A Fault if it cannot go on.
 
     A search whose supernet is trained goes on with what comes after that.
     """
     assert config.resume is not None
-    return options.reopen(config, config.resume, "search.py")
+    movable = options.MOVABLE | {"storage", "trials", "timeout"}
+    return options.reopen(config, config.resume, "search.py", movable)
+
+
+def check_supernet(config: SearchConfig) -> None:
+    """Raises a Fault for options that mean nothing to the kind of supernet."""
+    if config.sandwich and config.supernet != "shared":
+        raise Fault(f"--supernet {config.supernet}: --sandwich is for --supernet shared; leave one of the two out")
+    if config.supernet == "merge" and config.gates == "two":
+        raise Fault("--gates two: a mixture has all options; leave it out, or --supernet shared would be right")
 
 
 def costs_hash(tables: Mapping[str, CostTable]) -> str:

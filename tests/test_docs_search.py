@@ -11,6 +11,7 @@ from engine.doors import option_parser, parse_options
 from engine.evaluate import JACKKNIFE_GROUPS
 from models.graph import normalize
 from models.parse import parse_text
+from search.blocks import SCRIPT
 from search.config import SearchConfig
 from search.find import EVOLUTION, EXHAUSTIVE
 from search.front import SURE
@@ -58,17 +59,17 @@ def test_every_file_of_a_run_stands_there() -> None:
 def test_the_commands_are_commands() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 9
     for line in lines:
         program, *words = shlex.split(line, comments=True)
-        assert program == "python" and words[0] in ("search.py", "-m")
+        assert program == "python"
         if words[0] == "search.py":
             parser = option_parser("")
             add_options(parser, SearchConfig)
             config = checked(SearchConfig, vars(parse_options(parser, words[1:])), "--")
             assert config.cfg is None or (ROOT / config.cfg).is_file()
         else:
-            assert words[1] == "search.report"
+            assert words[:2] in (["-m", "search.report"], ["-m", "search.rank"]) or words[0] == f"blocks/{SCRIPT}"
 
 
 def test_the_row_spans_what_the_page_says() -> None:

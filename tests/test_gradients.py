@@ -25,10 +25,10 @@ from search.sampling import drawn_options, drawn_pairs, fair_options
 from search.space import SearchSpace
 
 
-def supernet(kind: str, dtype: torch.dtype = torch.float32, norms: str = "act") -> Supernet:
+def supernet(file: str, dtype: torch.dtype = torch.float32, norms: str = "act", kind: str | None = None) -> Supernet:
     """With norms as some steps of training leave them: at the start, residual branches have a scale of 0."""
     torch.manual_seed(0)
-    net = Supernet(parse_text(SPECS[kind]), kind, norms)
+    net = Supernet(parse_text(SPECS[file]), kind or file, norms)
     for module in net.network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

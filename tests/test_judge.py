@@ -130,6 +130,27 @@ def test_classifiers_and_segmenters_are_judged_as_they_are_measured_alone(task, 
         assert verdict.without[0] == pytest.approx(getattr(left, score), abs=1e-6)
 
 
+def test_what_is_given_up_saw_the_first_images_alone_and_the_others_saw_all(images, calibration):
+    net = supernet()
+    space = SearchSpace.of(net.spec)
+    networks = [net.derive(space.at(number).picks).eval() for number in range(3)]
+    whole = judged(copy.deepcopy(networks), images, calibration)
+    first, asked, told = [4, 1], {}, {}
+
+    def keep(place, verdict):
+        asked[place] = verdict
+        return place != 1
+
+    found = judged(networks, images, calibration, first=first, keep=keep, done=told.__setitem__)
+    part = ImageSet([images.samples[place] for place in sorted(first)], 48)
+    alone = judged([net.derive(space.at(number).picks).eval() for number in range(3)], part, calibration)
+    assert list(asked) == [0, 1, 2] and [asked[n].metrics.ap for n in asked] == [one.metrics.ap for one in alone]
+    assert found[1] is asked[1] and list(told) == [0, 2]
+    for place in (0, 2):
+        assert found[place].metrics.ap == pytest.approx(whole[place].metrics.ap, abs=1e-6)
+        assert found[place].without == pytest.approx(whole[place].without, abs=1e-6)
+
+
 def test_a_head_that_no_search_judges_is_refused(monkeypatch):
     monkeypatch.delitem(module.JUDGINGS, "detect")
     with pytest.raises(Fault, match="a detector; search.py judges networks that classify or segment"):

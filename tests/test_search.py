@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -12,12 +14,19 @@ import numpy as np
 import pytest
 
 from data.structures import Fault, Sample
+from engine.config import checked, read_options
 from engine.evaluate import main as val
 from engine.runs import read_csv
 from models.checkpoint import load_checkpoint
 from models.parse import parse
+from search import find
+from search.config import SearchConfig
+from search.parts import split_train
 from search.report import write_report
-from search.run import main, split_train
+from search.run import main
+from search.space import SearchSpace
+from search.storage import JOURNAL, Ticket, close, create, finished, open_storage, outcome_of, post, trials_of
+from search.worker import ABOUT, reopened
 
 COLOURS = {"blue": (40, 50, 210), "green": (30, 190, 40), "red": (200, 30, 30)}
 CLASSIFIER = """\
@@ -151,3 +160,61 @@ def test_a_search_of_a_classifier_goes_on(searched: Path, capsys):
     assert main(["--cfg", str(searched / "search.yaml"), "--data", str(searched.parents[1] / "data.yaml"),
                  "--mosaic", "0.5"]) == 2  # fmt: skip
     assert capsys.readouterr().err == "--mosaic 0.5: means nothing to a classifier; leave it out\n"
+
+
+# ---- workers
+
+
+def test_a_worker_judges_as_the_search_does(searched: Path, capsys):
+    """Its study is closed by now; opened once more, and with a subnet wanted that was judged before."""
+    pytest.importorskip("optuna", reason="the extra `search` is not installed")
+    assert main(["--worker", str(searched), "--device", "cpu"]) == 0
+    assert "0 subnets judged" in capsys.readouterr().out
+    space = SearchSpace.of(parse(searched / "search.yaml"))
+    name = json.loads((searched / ABOUT).read_text())["study"]
+    queue = create(open_storage(str(searched / JOURNAL)), name, space, 2)
+    one, (known, before) = next(iter(finished(queue).items()))
+    post(queue, one, known)
+    assert main(["--worker", str(searched), "--device", "cpu", "--trials", "1"]) == 0
+    assert "1 subnets judged" in capsys.readouterr().out
+    *_, last = trials_of(queue)
+    assert last.user_attrs["by"] != queue.owner and outcome_of(last) == before
+    close(queue)
+
+
+def test_a_worker_of_another_search_is_refused(searched: Path, tmp_path: Path, capsys):
+    pytest.importorskip("optuna", reason="the extra `search` is not installed")
+    other = tmp_path / "exp"
+    shutil.copytree(searched, other)
+    about = json.loads((other / ABOUT).read_text())
+    (other / ABOUT).write_text(json.dumps(about | {"study": "exp 0123456789ab"}))
+    assert main(["--worker", str(other), "--device", "cpu"]) == 2
+    assert "subnets would not be judged as the search judges them" in capsys.readouterr().err
+    (other / ABOUT).unlink()
+    assert main(["--worker", str(other), "--timeout", "0.01"]) == 2
+    assert "and the search does not judge yet" in capsys.readouterr().err
+    assert main(["--worker", str(tmp_path)]) == 2
+    assert main(["--worker", str(other), "--imgsz", "64"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].endswith("it has no config.yaml; runs/search/exp is one")
+    assert told[1] == "--imgsz: a worker does as its search was told; leave it out"
+
+
+def test_a_subnet_that_is_surely_beaten_is_given_up(searched: Path, monkeypatch):
+    monkeypatch.setattr(find, "FEWEST_FIRST", 4)
+    options = read_options(searched / "config.yaml", SearchConfig) | {"prune": 0.5}
+    trial = reopened(searched, checked(SearchConfig, options, "here"), False)
+    strong, weak = ({"score": s, "without": [s, s], "costs": {"params": 0.0}} for s in (2.0, -1.0))
+    known = {"costs": {"params": 1.0}, "loss": None}
+    tickets = [Ticket(n, trial.space.at(n), {**known, "bar": [bar]}) for n, bar in enumerate((strong, weak))]
+    told = {}
+    find.evaluate_tickets(trial, tickets, lambda ticket, outcome: told.__setitem__(ticket.id, outcome))
+    assert told[0].pruned and told[0].values == (told[0].facts["score"], 1.0)
+    assert not told[1].pruned and len(told[1].facts["first"]["without"]) == 2 and len(told[1].facts["without"]) == 3
+
+
+def test_importances_stand_in_the_folder(searched: Path):
+    rows = read_csv(searched / "importances.csv")
+    if rows:  # not where all of the few subnets score the same
+        assert {row["choice"] for row in rows} == {"1.act", "2.kernel", "2.act"}
+        assert sum(float(row["importance"]) for row in rows) == pytest.approx(1)

@@ -59,6 +59,14 @@ class ElasticDense(nn.Module):
         missing = (len(blocks) - value) * (x.shape[1] // self.parts)
         return F.pad(side_by_side(blocks[:value], x, self.parts), (0, 0, 0, 0, 0, missing))
 
+    def mixture(self, gates: Tensor, x: Tensor) -> Tensor:
+        """Every block runs once; what it gives counts for the options that have it."""
+        blocks, width = list(self.children()), x.shape[1] // self.parts
+        has = torch.tensor([[number > index for number in self.choice.options] for index in range(len(blocks))])
+        shares = (has.to(gates) * gates).sum(dim=1)
+        scale = torch.cat((gates.sum().expand(x.shape[1]), shares.repeat_interleave(width)))
+        return side_by_side(blocks, x, self.parts) * scale[:, None, None]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.option(self.active, x)
 
@@ -80,6 +88,9 @@ class DenseReader(nn.Conv2d):
     def option(self, value: Any, x: Tensor) -> Tensor:
         """The same for every option: what `x` holds makes the difference."""
         return super().forward(x)
+
+    def mixture(self, gates: Tensor, x: Tensor) -> Tensor:
+        return super().forward(x) * gates.sum()
 
     def plain(self) -> nn.Module:
         inputs = (self.parts + self.active) * self.channels

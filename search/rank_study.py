@@ -1,0 +1,306 @@
+"""Does the supernet rank subnets as trainings of their own do? The study behind ``python -m search.rank``.
+
+Subnets from levels of equal MACs are judged by the supernet and then each trained alone from nothing, with several
+seeds, all for the same epochs. What is compared, with intervals by a bootstrap over subnets: the supernet's scores,
+parameters and MACs alone, and another seed of the same training, which is the ceiling. Each is held against one
+training at a time and averaged over them, so that they compare with each other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.structures import Fault
+from engine.config import MOVABLE, RunConfig, TrainConfig, checked, read_options
+from engine.doors import door, option_parser, parse_options
+from engine.runs import read_csv, table, write_text
+from engine.tasks import Task
+from engine.train import train
+from models.graph import resolve
+from models.parse import dump
+from search.config import SearchConfig
+from search.costs import CostTable, cost_tables
+from search.find import Found, Trial, judge_subnets
+from search.plots import escaped
+from search.rank import regret, spearman, tau_within
+from search.space import Architecture, SearchSpace
+from search.worker import reopened
+
+A_LEVEL = 4  # subnets of a level of MACs, about: fewer leave no pairs, more leave few levels
+POOL = 2_000  # random subnets that levels are made of
+RESAMPLES, LEVEL = 1_000, 0.95
+RISING = 0.02  # of a score in the last fifth of the epochs: such trainings were too short to rank by
+STREAM = 21  # purpose of a random stream
+
+Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # of predictor, truth and levels
+STATISTICS: dict[str, Statistic] = {
+    "tau-b": lambda x, y, level: tau_within(x, y, np.zeros(len(x))),
+    "rho": lambda x, y, level: spearman(x, y),
+    "tau-b at equal MACs": tau_within,
+    "regret": lambda x, y, level: regret(x, y),
+    "regret of 3": lambda x, y, level: regret(x, y, min(3, len(x))),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A subnet of the study, its level of MACs, what it costs, and the supernet's score of it."""
+
+    number: int
+    level: int
+    macs: float
+    params: float
+    score: float
+
+
+def study(folder: Path, subnets: int, seeds: int, epochs: int, moved: dict[str, Any], progress: bool = True) -> Path:
+    """Does what of the study in ``folder/rank`` is missing, and writes its page, whose path returns."""
+    out = folder / "rank"
+    if not (folder / "last.pt").is_file() or not (folder / "config.yaml").is_file():
+        raise Fault(f"{folder}: no folder of a finished search, it lacks last.pt or config.yaml")
+    config = checked(SearchConfig, {**read_options(folder / "config.yaml", SearchConfig), **moved}, str(folder))
+    trial = reopened(folder, config.model_copy(update={"prune": 0.0}), progress)
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    plan = planned(trial, out / "plan.json", subnets)
+    about = {"epochs": epochs, "space": trial.space.hash, "imgsz": config.imgsz, "batch_size": config.batch_size}
+    jobs = [(seed, one) for seed in range(seeds) for one in plan]
+    for seed, one in tqdm(jobs, "trainings", unit="training", disable=not progress):
+        path = out / f"{one.number}-{seed}.json"
+        if not path.is_file():
+            curve = trained(trial, config, one, seed, epochs, out, progress)
+            write_text(path, json.dumps({**about, "curve": curve, "score": curve[-1]}) + "\n")
+    curves = [[curve_of(out / f"{one.number}-{seed}.json", about) for seed in range(seeds)] for one in plan]
+    return write_page(out, trial.task, plan, curves, config.seed)
+
+
+def planned(trial: Trial, path: Path, count: int) -> list[Planned]:
+    """The subnets of the study, judged by the supernet: those of the file, where it is there."""
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        plan = [Planned(**one) for one in content["subnets"]]
+        if content["space"] != trial.space.hash or len(plan) != count:
+            raise Fault(
+                f"{path}: has {len(plan)} subnets of space {content['space']!r}, wanted {count} of "
+                f"{trial.space.hash!r}; --subnets {len(plan)} goes on, without the folder it begins anew"
+            )
+        return plan
+    tables = cost_tables(resolve(trial.supernet.spec), trial.config.imgsz)
+    chosen = stratified(trial.space, tables["macs"], count, np.random.default_rng((trial.config.seed, STREAM)))
+    found = Found()
+    alone = replace(trial, tables=tables, budgets=(), timed_here=False)
+    judge_subnets(alone, dict.fromkeys(chosen), found)
+    macs, params = (tables[name].of for name in ("macs", "params"))
+    plan = [
+        Planned(trial.space.index(one), level, macs(one), params(one), found.judged[one].score)
+        for one, level in chosen.items()
+    ]
+    write_text(path, json.dumps({"space": trial.space.hash, "subnets": [asdict(one) for one in plan]}, indent=1) + "\n")
+    return plan
+
+
+def stratified(space: SearchSpace, macs: CostTable, count: int, rng: np.random.Generator) -> dict[Architecture, int]:
+    """Different subnets and their levels of MACs: as evenly many as there are from every level, at random within it.
+
+    Subnets of equal MACs share a level. A space with fewer networks gives all it has.
+    """
+    if space.size <= POOL:
+        numbers = rng.permutation(space.size).tolist()
+    else:
+        numbers = [int(rng.integers(space.size)) for _ in range(POOL)]
+    pool = list(dict.fromkeys(space.canonical(space.at(number)) for number in numbers))
+    costs = np.array([macs.of(one) for one in pool])
+    levels = max(1, min(len(np.unique(costs)), count // A_LEVEL))
+    edges = np.quantile(np.unique(costs), np.linspace(0, 1, levels + 1))[1:-1]
+    of_level = np.searchsorted(edges, costs, side="right")
+    queues = [[one for one, at in zip(pool, of_level, strict=True) if at == level] for level in range(levels)]
+    chosen: dict[Architecture, int] = {}
+    while len(chosen) < min(count, len(pool)):
+        for level, queue in enumerate(queues):
+            if queue and len(chosen) < count:
+                chosen[queue.pop()] = level
+    return chosen
+
+
+def trained(
+    trial: Trial, config: SearchConfig, one: Planned, seed: int, epochs: int, out: Path, progress: bool
+) -> list[float]:
+    """The score on the validation images after every epoch of a training of its own, without the search's weights."""
+    name, project = f"{one.number}-{seed}", out / "runs"
+    model = out / "models" / f"{one.number}.yaml"
+    write_text(model, dump(trial.supernet.spec.freeze(trial.space.at(one.number).picks)))
+    run = project / name
+    unfinished = len(read_csv(run / "results.csv")) < epochs
+    if unfinished and (run / "last.pt").is_file():
+        train(TrainConfig(resume=run, device=config.device, data=config.data, workers=config.workers), progress)
+    elif unfinished:
+        shared = {field: getattr(config, field) for field in RunConfig.model_fields if field in config.model_fields_set}
+        own: dict[str, Any] = {
+            "cfg": model,
+            "dialect": None,
+            "weights": None,
+            "epochs": epochs,
+            "seed": seed,
+            "exist_ok": True,
+        }
+        own |= {"project": project, "name": name}
+        train(TrainConfig(**shared | own, patience=epochs, noplots=True), progress)
+    column = trial.task.columns[0]
+    curve = [float(row[column]) for row in read_csv(run / "results.csv") if row.get(column)]
+    for checkpoint in run.glob("*.pt"):
+        checkpoint.unlink()  # of dozens of trainings; the curve is what is asked for
+    return curve
+
+
+def curve_of(path: Path, about: dict[str, Any]) -> list[float]:
+    """The curve in a file of this study. Raises a Fault for a training under other conditions."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in about.items():
+        if content.get(name) != value:
+            raise Fault(
+                f"{path}: was trained with {name} {content.get(name)!r}, the others with {value!r}; give the same "
+                f"--{name.replace('_', '-')}, or remove the file"
+            )
+    return [float(value) for value in content["curve"]]
+
+
+# ---- what it says
+
+
+def agreements(plan: Sequence[Planned], scores_MS: np.ndarray, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """For each predictor each statistic with its interval, as ``[value, low, high]``; `scores_MS` are those of M
+    subnets trained with S seeds. The ceiling needs two.
+    """
+    seeds = scores_MS.shape[1]
+    levels = np.array([one.level for one in plan])
+    columns = {
+        "supernet": np.array([one.score for one in plan]),
+        "MACs": np.array([one.macs for one in plan]),
+        "params": np.array([one.params for one in plan]),
+    }
+    pairs = {name: [(column, scores_MS[:, s]) for s in range(seeds)] for name, column in columns.items()}
+    if seeds > 1:
+        orders = [(a, b) for a in range(seeds) for b in range(seeds) if a != b]
+        pairs = {"another seed": [(scores_MS[:, a], scores_MS[:, b]) for a, b in orders], **pairs}
+    drawn = np.random.default_rng(seed).integers(len(plan), size=(RESAMPLES, len(plan)))
+    found: dict[str, dict[str, Any]] = {}
+    for name, both in pairs.items():
+        found[name] = {}
+        for title, statistic in STATISTICS.items():
+            value = mean_of([statistic(x, y, levels) for x, y in both])
+            again = [mean_of([statistic(x[d], y[d], levels[d]) for x, y in both]) for d in drawn]
+            known = [one for one in again if not math.isnan(one)]
+            low, high = np.percentile(known, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]) if known else (math.nan, math.nan)
+            found[name][title] = [value, float(low), float(high)]
+    return found
+
+
+def mean_of(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def rising(curve: Sequence[float]) -> bool:
+    """Whether a training still gained much: the mean score of its last fifth of epochs over that of the one before."""
+    fifth = len(curve) // 5
+    return fifth > 0 and float(np.mean(curve[-fifth:]) - np.mean(curve[-2 * fifth : -fifth])) > RISING
+
+
+def told(value: float, low: float, high: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def write_page(
+    out: Path, task: Task, plan: Sequence[Planned], curves: Sequence[Sequence[Sequence[float]]], seed: int
+) -> Path:
+    """``rank.json`` and ``rank.html``."""
+    scores_MS = np.array([[curve[-1] for curve in of_seeds] for of_seeds in curves])
+    found = agreements(plan, scores_MS, seed)
+    short = sum(rising(curve) for of_seeds in curves for curve in of_seeds)
+    rows = [(name, *(told(*of[title]) for title in STATISTICS)) for name, of in found.items()]
+    print(table(rows, ("ranked by", *STATISTICS)))
+    notes = [
+        f"{len(plan)} subnets from {len({one.level for one in plan})} levels of MACs, {scores_MS.shape[1]} seeds each, "
+        f"{len(curves[0][0])} epochs from nothing; {task.titles[0]} of the last epoch on the validation images. "
+        f"Intervals: 95 %, bootstrap over subnets. Regret: {task.titles[0]} lost by taking the first, or the best of "
+        "the first three."
+    ]
+    if short:
+        notes.append(
+            f"{short} of {scores_MS.size} trainings gained over {RISING} in their last fifth: they were too short. A "
+            "ranking of half-trained networks is of how fast they learn; raise --epochs."
+        )
+    if scores_MS.shape[1] < 2:
+        notes.append("One seed has no ceiling: --seeds 2 trains what is missing.")
+    for note in notes:
+        print(note)
+    content = {"plan": [asdict(one) for one in plan], "scores": scores_MS.tolist(), "short": short}
+    clean = {n: {t: [None if math.isnan(v) else v for v in of] for t, of in by.items()} for n, by in found.items()}
+    write_text(out / "rank.json", json.dumps({**content, "agreement": clean}, indent=1, allow_nan=False) + "\n")
+    head = "".join(f"<th>{escaped(title)}</th>" for title in ("ranked by", *STATISTICS))
+    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    each = "".join(
+        f"<tr><td>{one.number}</td><td>{one.level}</td><td>{one.macs / 1e6:.1f}M</td><td>{one.score:.3f}</td>"
+        f"<td>{', '.join(f'{value:.3f}' for value in scores)}</td></tr>"
+        for one, scores in zip(plan, scores_MS, strict=True)
+    )
+    title = f"{task.titles[0]} by the supernet (across) and trained alone (up), a colour a level of MACs"
+    write_text(
+        out / "rank.html",
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Rank study</title><style>body{font:16px/1.5 '
+        "system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}td,th{padding:.2rem "
+        ".7rem;text-align:left;border-bottom:1px solid #9995}</style>"
+        f"<h1>Rank study</h1>{''.join(f'<p>{escaped(note)}</p>' for note in notes)}<table><tr>{head}</tr>{body}</table>"
+        f"<h2>{escaped(title)}</h2>{scatter(plan, scores_MS)}<h2>Subnets</h2><table><tr><th>subnet</th><th>level</th>"
+        f"<th>MACs</th><th>supernet</th><th>trained alone</th></tr>{each}</table></html>\n",
+    )
+    return out / "rank.html"
+
+
+def scatter(plan: Sequence[Planned], scores_MS: np.ndarray) -> str:
+    """A dot a subnet, with a line from the least to the largest of its trainings."""
+    x = np.array([one.score for one in plan])
+    low, high = float(scores_MS.min()), float(scores_MS.max())
+
+    def across(value: float) -> float:
+        return 20 + 560 * (value - float(x.min())) / (float(np.ptp(x)) or 1.0)
+
+    def up(value: float) -> float:
+        return 340 - 320 * (value - low) / ((high - low) or 1.0)
+
+    dots = []
+    for one, scores in zip(plan, scores_MS, strict=True):
+        colour, at = f"hsl({one.level * 67 % 360} 70% 45%)", across(one.score)
+        line = f'<path d="M{at:.1f} {up(scores.min()):.1f}V{up(scores.max()):.1f}" stroke="{colour}"/>'
+        dots.append(f'{line}<circle cx="{at:.1f}" cy="{up(scores.mean()):.1f}" r="5" fill="{colour}"/>')
+    ends = f'<text x="0" y="358">{x.min():.3f}</text><text x="560" y="358">{x.max():.3f}</text>'
+    ends += f'<text x="0" y="12">{high:.3f}</text><text x="0" y="336">{low:.3f}</text>'
+    return f'<svg viewBox="0 0 620 364" width="620" font-size="12" fill="currentColor">{"".join(dots)}{ends}</svg>'
+
+
+@door
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = option_parser("Trains some subnets of a finished search alone and says how well its supernet ranked them.")
+    parser.add_argument("folder", type=Path, help="of the search")
+    parser.add_argument("--subnets", type=int, default=12, help="how many; default 12")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each; default 2, one has no ceiling")
+    parser.add_argument("--epochs", type=int, default=None, help="of each; default as many as the search's")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--data", default=None)
+    options = parse_options(parser, argv)
+    for name, least in (("subnets", 2), ("seeds", 1), ("epochs", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise Fault(f"--{name} {value}: {least} or more would be right")
+    moved = {name: getattr(options, name) for name in MOVABLE if getattr(options, name, None) is not None}
+    begun = options.folder / "config.yaml"
+    epochs = options.epochs or (read_options(begun, SearchConfig).get("epochs", 100) if begun.is_file() else 100)
+    print(study(options.folder, options.subnets, options.seeds, int(epochs), moved))
+    return 0

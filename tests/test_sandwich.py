@@ -1,0 +1,182 @@
+"""The sandwich rule: largest, random and smallest subnet in one step, over one trunk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gradients import a_batch, architectures, supernet
+from test_resume import a_task, assert_same, data
+from test_train import Killed, kill_before
+from torch import nn
+
+from data.structures import Fault
+from engine.evaluate import pixels
+from models.distill import distillation_loss
+from models.graph import resolve
+from models.parse import parse_text
+from models.supernet import Supernet
+from search import sandwich
+from search import train as training
+from search.config import SearchConfig
+from search.costs import cost_tables
+from search.sampling import sandwich_options
+from search.sandwich import backward, sizes, teaching_note, trunk_of
+from search.train import check_supernet
+
+__all__ = ["data"]  # a fixture
+
+
+def test_the_largest_and_the_smallest_are_those_of_the_table_and_activations_are_left_open() -> None:
+    net = supernet("shared")
+    table = cost_tables(resolve(net.spec), 64)["macs"]
+    largest, smallest = sizes(table)
+    assert set(largest) == set(smallest) == {"2.kernel", "2.number", "4.kernel", "4.number"}
+    assert set(largest.values()) == {5, 3} and set(smallest.values()) == {3, 1}
+    acts = {"2.act": "mish", "4.act": "relu"}
+    found = [table.extreme(end)[0] for end in (True, False)]
+    for cost, sized in zip(found, (largest, smallest), strict=True):
+        assert table.of(type(table.extreme(True)[1])({**sized, **acts})) == cost
+
+
+def test_where_no_choice_has_a_size_there_is_no_sandwich() -> None:
+    rows = "[-1, 1, Conv, [8, 3, 4, {act: {choice: [relu, mish]}}]]"
+    text = f"nc: 2\nanchors: 2\nbackbone:\n  - {rows}\nhead:\n  - [-1, 1, Detect, [nc, anchors]]\n"
+    with pytest.raises(Fault, match=r"^--sandwich: no choice changes macs, so no subnet is larger than another; leave"):
+        sizes(cost_tables(resolve(parse_text(text)), 64)["macs"])
+
+
+def test_activations_are_strictly_fair_over_the_three_and_kernels_over_random_ones() -> None:
+    net = supernet("shared")
+    largest, smallest = sizes(cost_tables(resolve(net.spec), 64)["macs"])
+    for window in range(4):
+        three = [sandwich_options(net.decisions, largest, smallest, 0, 6 * window + step) for step in range(6)]
+        for first, _, last in three:
+            assert {name: first[name] for name in largest} == largest
+            assert {name: last[name] for name in smallest} == smallest
+        for name in ("2.act", "4.act"):
+            assert set(Counter(one[name] for step in three for one in step).values()) == {6}
+        assert set(Counter(step[1]["2.kernel"] for step in three).values()) == {3}
+        assert set(Counter(step[1]["4.number"] for step in three).values()) == {2}
+
+
+def test_gradients_are_those_of_three_whole_passes_and_the_trunk_runs_once() -> None:
+    net = supernet("shared", torch.float64)
+    images, targets = a_batch(torch.float64)
+    three = architectures(net, 3)
+    for picks in three:
+        net.activate(picks)
+        net.network.loss(images, targets)[0].backward()
+    expected = {name: p.grad for name, p in net.network.named_parameters() if p.grad is not None}
+    net.zero_grad(set_to_none=True)
+    trunk = trunk_of(net.network)
+    assert list(trunk) == [0, 1]
+    ran: list[nn.Module] = []
+    hooks = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in net.network.layers]
+    backward(net, three, images, net.network.run, lambda _, y, aux: net.network.loss_from(y, targets, aux)[0])
+    found = {name: p.grad for name, p in net.network.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-9)
+    assert [ran.count(layer) for layer in net.network.layers] == [1, 1, 3, 3, 3, 3]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_without_a_trunk_it_is_three_whole_passes_as_well() -> None:
+    text = "nc: 3\nanchors: 2\nbackbone:\n  - [-1, 1, Conv, [8, {kernel: {choice: [1, 3]}, stride: 4}]]\n"
+    net = Supernet(parse_text(text + "head:\n  - [-1, 1, Conv, [8]]\n  - [-1, 1, Classify, [nc]]\n"), "shared")
+    images, targets = a_batch()
+    targets = type(targets)(targets.boxes[:2], targets.labels[:2], torch.tensor([0, 1]))
+    assert len(trunk_of(net.network)) == 0
+    loss_of = lambda _, y, aux: net.network.loss_from(y, targets, aux)[0]  # noqa: E731
+    backward(net, [{"0.kernel": 1}, {"0.kernel": 3}], images, net.network.run, loss_of)
+    assert all(p.grad is not None for p in net.network.parameters())
+
+
+def test_every_weight_gets_a_gradient_within_a_few_windows() -> None:
+    """The norms of an activation in the last bottleneck of a row wait until the largest subnet has it."""
+    net = supernet("shared")
+    images, targets = a_batch()
+    largest, smallest = sizes(cost_tables(resolve(net.spec), 64)["macs"])
+    loss_of = lambda _, y, aux: net.network.loss_from(y, targets, aux)[0]  # noqa: E731
+    for step in range(18):
+        three = sandwich_options(net.decisions, largest, smallest, 0, step)
+        backward(net, three, images, net.network.run, loss_of)
+    without = [name for name, p in net.network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+# ---- a search
+
+
+def test_the_step_s_loss_is_the_mean_of_the_three_and_the_largest_teaches(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first step, against whole passes: ``(L + (L + D) / 2 + (L + D) / 2) / 3``, D against the largest."""
+    task = a_task(data, "shared", sandwich=True)
+    seen: dict[str, Any] = {}
+    taught = []
+
+    def first(mover: Any, net: Supernet, three: Any, batch: Any, at: Any, **how: Any) -> dict[str, float]:
+        if not seen:
+            images, targets = pixels(batch, torch.device("cpu")), batch.targets
+            states = {name: tensor.clone() for name, tensor in net.network.state_dict().items()}
+            losses, outputs = [], []
+            with torch.no_grad():
+                for place, picks in enumerate(three):
+                    net.activate(picks)
+                    outputs.append(net.network(images)[0])
+                    loss = float(net.network.loss_from(outputs[-1], targets)[0])
+                    if place:
+                        distance = float(distillation_loss(net.network, outputs[-1], net.network, outputs[0]))
+                        taught.append(distance)
+                        loss = (loss + distance) / 2
+                    losses.append(loss)
+            net.network.load_state_dict(states)
+            seen["expected"] = sum(losses) / 3
+            seen["found"] = real(mover, net, three, batch, at, **how)
+            return seen["found"]
+        return real(mover, net, three, batch, at, **how)
+
+    real = sandwich.add_sandwich
+    monkeypatch.setattr(training, "add_sandwich", first)
+    said: list[str] = []
+    task.run(tmp_path, said.append)
+    assert seen["found"]["loss"] == pytest.approx(seen["expected"], rel=1e-4)
+    assert seen["found"]["distill"] == pytest.approx(sum(taught) / 3, rel=1e-4) and min(taught) > 0
+    assert teaching_note(task.supernet.network) in said and "the largest teaches the others" in "".join(said)
+
+
+def test_a_killed_search_ends_as_if_it_had_not_been(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_task(data, "shared", sandwich=True).run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(patch, "lr_factor", 8, training)
+        a_task(data, "shared", sandwich=True).run(tmp_path / "killed")
+    resumed = a_task(data, "shared", weights_seed=9, sandwich=True, resume=tmp_path / "killed")
+    resumed.run(tmp_path / "killed")
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_head_that_has_no_distillation_is_told() -> None:
+    class Other(nn.Module):
+        pass
+
+    net = supernet("shared")
+    net.network.layers[-1] = Other()
+    assert teaching_note(net.network) == (
+        "note: a step trains the largest subnet, a random one and the smallest, each by its labels alone: Other has no "
+        "loss of distillation (Classify, DFLDetect, Detect have)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["independent", "merge"])
+def test_it_is_for_shared_weights(kind: str) -> None:
+    with pytest.raises(Fault) as fault:
+        check_supernet(SearchConfig(supernet=kind, sandwich=True))  # type: ignore[arg-type]
+    assert str(fault.value) == f"--supernet {kind}: --sandwich is for --supernet shared; leave one of the two out"

@@ -356,20 +356,27 @@ def gather(
     from optuna.trial import TrialState
 
     heard: set[Architecture] = set()
+
+    def hear(trials: Sequence[Any]) -> bool:
+        """Tells of what is new among them; whether anything is."""
+        before = len(heard)
+        for trial in trials:
+            one, outcome = subnet_of(queue, trial), outcome_of(trial)
+            if outcome is not None and one in wanted and one not in heard:
+                done(one, outcome)
+                heard.add(one)
+        return len(heard) > before
+
     seen: dict[str, tuple[Any, float]] = {}
     pause = PAUSE[0]
     with beating(queue):
         while True:
             trials = trials_of(queue)
+            if hear(trials):
+                pause = PAUSE[0]
             beats = queue.storage.get_study_user_attrs(queue.study)
             living = set()
             for trial in trials:
-                one = subnet_of(queue, trial)
-                outcome = outcome_of(trial)
-                if outcome is not None and one in wanted and one not in heard:
-                    done(one, outcome)
-                    heard.add(one)
-                    pause = PAUSE[0]
                 if trial.state == TrialState.RUNNING:
                     by = trial.user_attrs.get("by", f"trial {trial.number}")  # taken just now, or by who died at once
                     if gone(by, beats, seen, queue.grace):
@@ -377,7 +384,7 @@ def gather(
                         give_back(queue, number)
                         continue
                 if trial.state != TrialState.FAIL:
-                    living.add(one)
+                    living.add(subnet_of(queue, trial))
             if len(heard) == len(wanted):
                 return
             left = limits.left(own(queue, trials))
@@ -386,7 +393,10 @@ def gather(
                 post(queue, one, wanted[one])
             tickets = take(queue, trials_of(queue) if missing else trials, left)
             if tickets:
-                _evaluated(queue, tickets, evaluate)
+                try:
+                    _evaluated(queue, tickets, evaluate)
+                finally:  # Ctrl-C in the middle of a handful: some of it is finished
+                    hear(trials_of(queue))
             elif not missing:
                 time.sleep(pause)
                 pause = min(2 * pause, PAUSE[1])

@@ -126,7 +126,7 @@ def batch_at(
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Joins items into a `Batch`; also for the founder of batches by hand, as in tests."""
+    """Joins items into a `Batch`; also for who makes batches by hand, as tests do."""
     images = torch.stack([item.image for item in items])
     counts = torch.tensor([len(item.labels) for item in items])
     masks = [item.mask for item in items if item.mask is not None]

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.dataset import ImageSet
-from data.loader import batches
 from data.structures import Ranking, Sample
-from engine.evaluate import Asked, file_names, pixels, timed, times_line, without_nan
+from engine.evaluate import Asked, answered, evaluating, file_names, times_line, without_nan
 from engine.plots import draw_classification
 from engine.runs import new_run, table, write_text
 from models.network import Network
@@ -138,22 +137,11 @@ def scores_of(
     """
     seconds = {"read": 0.0, "network": 0.0}
     found = np.zeros((len(dataset), network.num_classes), dtype=np.float32)
+    how: Any = {"batch_size": batch_size, "device": device, "workers": workers, "progress": progress}
     precision = next(network.parameters()).dtype
-    was_training = network.training
-    network.eval()
-    try:
-        loader = batches(dataset, batch_size, workers=workers)
-        turns = iter(loader)
-        bar = tqdm(range(len(loader)), "evaluate", unit="batch", disable=not progress, leave=False)
-        with torch.no_grad():
-            for _ in bar:
-                with timed(seconds, "read"):
-                    batch = next(turns)
-                with timed(seconds, "network", device):
-                    scores = cast(Any, network.predict(pixels(batch, device).to(precision)))
-                found[list(batch.indices)] = scores.float().cpu().numpy()
-    finally:
-        network.train(was_training)
+    with evaluating(network):
+        for batch, scores in answered(dataset, lambda x, _: network.predict(x), seconds, precision=precision, **how):
+            found[list(batch.indices)] = scores.float().cpu().numpy()
     return found, {name: 1000 * total / max(len(dataset), 1) for name, total in seconds.items()}
 
 

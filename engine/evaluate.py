@@ -13,7 +13,7 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, astuple, dataclass, field, replace
 from importlib.util import find_spec
@@ -291,6 +291,42 @@ def pixels(batch: Batch, device: torch.device | str) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last).float() / 255
 
 
+@contextmanager
+def evaluating(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, the network is in eval mode; afterwards it is in the mode it was in."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+def answered(
+    dataset: ImageSet,
+    answer: Callable[[torch.Tensor, Batch], Any],
+    seconds: dict[str, float],
+    *,
+    precision: torch.dtype,
+    batch_size: int,
+    device: torch.device | str,
+    workers: int,
+    progress: bool,
+    corner: bool = False,
+) -> Iterator[tuple[Batch, Any]]:
+    """Every batch of ``dataset`` with ``answer(images, batch)``, without gradients; ``seconds`` collects what reading
+    and answering take, as read and network."""
+    loader = batches(dataset, batch_size, workers=workers)
+    turns = iter(loader)
+    for _ in tqdm(range(len(loader)), "evaluate", unit="batch", disable=not progress, leave=False):
+        with timed(seconds, "read"):
+            batch = next(turns)
+            batch = in_corner(batch) if corner else batch
+        with timed(seconds, "network", device), torch.no_grad():
+            found = answer(pixels(batch, device).to(precision), batch)
+        yield batch, found
+
+
 def calibration_images(
     images: ImageSet, count: int, seed: int, device: torch.device | str, augment: Augment | None = None
 ) -> Iterator[torch.Tensor]:
@@ -349,38 +385,24 @@ def detections_of(
     """
     seconds = {"read": 0.0, "network": 0.0, "nms": 0.0}
     found: dict[int, Detections] = {}
+    how: Any = {"batch_size": batch_size, "device": device, "workers": workers, "progress": progress, "corner": corner}
     precision = next(network.parameters()).dtype
-    was_training = network.training
-    network.eval()
-    try:
-        loader = batches(dataset, batch_size, workers=workers)
-        bar = tqdm(total=len(loader), desc="evaluate", unit="batch", disable=not progress, leave=False)
-        with torch.no_grad(), bar:
-            turns = iter(loader)
-            for _ in range(len(loader)):
-                with timed(seconds, "read"):
-                    batch = next(turns)
-                    batch = in_corner(batch) if corner else batch
-                with timed(seconds, "network", device):
-                    boxes, scores = network.predict(pixels(batch, device).to(precision))
-                with timed(seconds, "nms", device):
-                    scores = scores.amax(dim=2, keepdim=True) if one_class else scores
-                    for index, letterbox, *predicted in zip(
-                        batch.indices, batch.letterboxes, boxes, scores, strict=True
-                    ):
-                        kept = nms(
-                            *predicted,
-                            conf=conf,
-                            iou=iou if network.suppresses else 1.0,
-                            max_det=max_det,
-                            agnostic=agnostic,
-                            classes=classes,
-                            multi_label=True,
-                        )
-                        found[index] = to_original(kept, letterbox)
-                bar.update()
-    finally:
-        network.train(was_training)
+    with evaluating(network):
+        turns = answered(dataset, lambda x, _: network.predict(x), seconds, precision=precision, **how)
+        for batch, (boxes, scores) in turns:
+            with timed(seconds, "nms", device):
+                scores = scores.amax(dim=2, keepdim=True) if one_class else scores
+                for index, letterbox, *predicted in zip(batch.indices, batch.letterboxes, boxes, scores, strict=True):
+                    kept = nms(
+                        *predicted,
+                        conf=conf,
+                        iou=iou if network.suppresses else 1.0,
+                        max_det=max_det,
+                        agnostic=agnostic,
+                        classes=classes,
+                        multi_label=True,
+                    )
+                    found[index] = to_original(kept, letterbox)
     per_image = {name: 1000 * total / max(len(found), 1) for name, total in seconds.items()}
     return [found[index] for index in range(len(dataset))], per_image
 

@@ -17,13 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from data.dataset import ImageSet
-from data.loader import batches
 from data.masks import read_mask
-from data.structures import VOID, Batch, LabelMap, Letterbox, Sample
-from engine.evaluate import Asked, file_names, pixels, timed, times_line, without_nan
+from data.structures import VOID, LabelMap, Letterbox, Sample
+from engine.evaluate import Asked, answered, evaluating, file_names, timed, times_line, without_nan
 from engine.plots import WORST_IMAGES, draw_segmentation, most_wrong
 from engine.runs import atomically, new_run, table, write_text
 from models.network import Network
@@ -192,28 +190,19 @@ def confusions_of(
     seconds = {"read": 0.0, "network": 0.0, "compare": 0.0}
     classes = network.num_classes
     found = np.zeros((len(dataset), classes, classes), dtype=np.int64)
+    how: Any = {"batch_size": batch_size, "device": device, "workers": workers, "progress": progress}
     precision = next(network.parameters()).dtype
-    was_training = network.training
-    network.eval()
-    try:
-        loader = batches(dataset, batch_size, workers=workers)
-        turns = iter(loader)
-        bar = tqdm(range(len(loader)), "evaluate", unit="batch", disable=not progress, leave=False)
-        with torch.no_grad():
-            for _ in bar:
-                with timed(seconds, "read"):
-                    batch: Batch = next(turns)
-                with timed(seconds, "network", device):
-                    maps = label_maps(network, pixels(batch, device).to(precision), batch.letterboxes)
-                with timed(seconds, "compare"):
-                    for index, one in zip(batch.indices, maps, strict=True):
-                        file = dataset.samples[index].mask
-                        assert file is not None, "a segmenter is measured by masks"
-                        found[index] = confusion_of(one.labels.numpy(), read_mask(file), classes)
-                        if tell:
-                            tell(index, one)
-    finally:
-        network.train(was_training)
+    with evaluating(network):
+        for batch, maps in answered(
+            dataset, lambda x, batch: label_maps(network, x, batch.letterboxes), seconds, precision=precision, **how
+        ):
+            with timed(seconds, "compare"):
+                for index, one in zip(batch.indices, maps, strict=True):
+                    file = dataset.samples[index].mask
+                    assert file is not None, "a segmenter is measured by masks"
+                    found[index] = confusion_of(one.labels.numpy(), read_mask(file), classes)
+                    if tell:
+                        tell(index, one)
     return found, {name: 1000 * total / max(len(dataset), 1) for name, total in seconds.items()}
 
 

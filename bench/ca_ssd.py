@@ -25,10 +25,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +41,8 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from bench.learn import BATCH, JUDGED_BY, interval, is_complete, judged, run  # noqa: E402
+from bench.cells import RESULTS, epoch_minutes, fill, guarded, read, train  # noqa: E402
+from bench.learn import BATCH, JUDGED_BY, interval, judged  # noqa: E402
 from bench.necks import CFG, NECKS, neck  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
@@ -60,14 +59,12 @@ from models.graph import resolve  # noqa: E402
 from models.network import Network, build  # noqa: E402
 from models.parse import dump, parse  # noqa: E402
 
-RESULTS = ROOT / "bench" / "results"
 SEEDS = (0, 1)
 COMPARED = ("full", "channel", "spatial", "none", "wide-separable", "fusion-up", "fusion-off", "detect")
 CELLS = [f"{name}-{seed}" for name in NECKS for seed in SEEDS]  # those of COMPARED are trained if none are named
 BACKBONE = 13  # rows, all frozen
 OPTIONS = {"--lr0": 0.002, "--amp": "off", "--batch-size": BATCH, "--freeze": BACKBONE}
 LONGEST = 120  # minutes that the whole table may take
-PLAN_EPOCHS = (1, 3)  # their difference is free of what starting takes
 SUPPRESSED = 300  # boxes of an image that come to suppression
 TIMED = ("effl0-ca-ssd", "effb0-ca-ssd", "yolov5n")
 CLASSES = 20
@@ -97,54 +94,38 @@ class Place:
 # ---- the ablation
 
 
-def train_cell(place: Place, cell: str, folder: Path, epochs: int) -> Path:
-    """The checkpoint of a cell's training, which goes on where it was stopped."""
-    if is_complete(folder, epochs):
-        return folder / "best.pt"
+def train_cell(place: Place, cell: str, folder: Path, epochs: int) -> tuple[Path, float]:
+    """The checkpoint of a cell's training, which goes on where it was stopped, and the minutes that it took."""
     name, _, seed = cell.rpartition("-")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder.with_suffix(".yaml"), dump(neck(parse(CFG), name)))
     options = {"--cfg": folder.with_suffix(".yaml"), "--weights": place.weights, "--data": place.data(), **OPTIONS}
-    options |= {"--imgsz": place.imgsz, "--epochs": epochs, "--seed": seed, "--device": "cpu"}
-    options |= {"--project": folder.parent, "--name": folder.name}
-    given = [word for pair in options.items() for word in pair]
-    fresh = [sys.executable, "train.py", *given, "--exist-ok", "--noplots", "--noval"]
-    again = [sys.executable, "train.py", "--resume", folder]
-    seconds = folder / "seconds.json"
-    before, began = json.loads(seconds.read_text()) if seconds.exists() else 0.0, time.perf_counter()
-    surroundings = {**os.environ, "OMP_NUM_THREADS": str(place.threads)}
-    try:
-        run(again if (folder / "last.pt").exists() else fresh, ROOT, surroundings, folder / "output.txt")
-    finally:
-        write_text(seconds, json.dumps(before + time.perf_counter() - began))
-    return folder / "best.pt"
+    options |= {"--imgsz": place.imgsz, "--seed": seed, "--device": "cpu"}
+    return train(folder, options, epochs, place.threads)
 
 
 def measure(place: Place, cell: str) -> dict[str, Any]:
     """Train a cell and judge it on the images that nothing was trained on."""
     folder = place.work / "runs" / cell
-    checkpoint = load_checkpoint(train_cell(place, cell, folder, place.epochs))
+    best, minutes = train_cell(place, cell, folder, place.epochs)
+    checkpoint = load_checkpoint(best)
     spec = read_data_spec(place.data())
     samples = read_split(spec, "val").samples
     images = ImageSet(samples, place.imgsz, None, seed=0, cache=False)
     found, _ = detections_of(restore(checkpoint).eval(), images, batch_size=BATCH, progress=False, **JUDGED_BY)
     params, macs = totals(network_costs(resolve(checkpoint.spec), place.imgsz))
     about = {"cell": cell, "epochs": place.epochs, "imgsz": place.imgsz, "params": params, "macs": macs}
-    about |= {"minutes": json.loads((folder / "seconds.json").read_text()) / 60, "threads": place.threads}
+    about |= {"minutes": minutes, "threads": place.threads}
     return {**about, "torch": torch.__version__, **judged(samples, found, spec.names)}
 
 
 def plan(place: Place, cells: int) -> float:
     """Minutes that so many cells take at most, by two short trainings of the full neck, the dearest but one."""
-    times = []
-    for epochs in tqdm(PLAN_EPOCHS, "measuring an epoch", leave=False):
-        folder = place.work / "plan" / f"full-{epochs}"
-        shutil.rmtree(folder, ignore_errors=True)
-        train_cell(place, "full-0", folder, epochs)
-        times.append(json.loads((folder / "seconds.json").read_text()))
-    epoch = (times[1] - times[0]) / (PLAN_EPOCHS[1] - PLAN_EPOCHS[0])
-    minutes = cells * (times[0] + (place.epochs - PLAN_EPOCHS[0]) * epoch) / 60
-    print(f"an epoch takes {epoch:.1f} s; {cells} cells of {place.epochs} epochs take {minutes:.0f} minutes")
+    first, epoch = epoch_minutes(
+        place.work / "plan", lambda folder, epochs: train_cell(place, "full-0", folder, epochs)[1]
+    )
+    minutes = cells * (first + (place.epochs - 1) * epoch)
+    print(f"an epoch takes {60 * epoch:.1f} s; {cells} cells of {place.epochs} epochs take {minutes:.0f} minutes")
     if minutes > LONGEST:
         fits = int(place.epochs * LONGEST / minutes)
         print(f"That is more than {LONGEST} minutes; --epochs {fits} would take so long.")
@@ -352,30 +333,20 @@ def main() -> int:
     files = {cell: options.out / f"ca-ssd-{cell}.json" for cell in CELLS}
     missing = [cell for cell in CELLS if cell in options.cells and not files[cell].exists()]
     options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        if options.speed:
-            write_text(speed_file, json.dumps(speed(options.tuned, options.speed_imgsz), indent=1) + "\n")
-        elif not options.show and (missing or options.plan):
-            if options.weights is None:
-                raise Fault("--weights is needed: a checkpoint of efficientnet-lite0.yaml")
-            fruit = options.fruit and options.fruit.resolve()
-            work = options.work.resolve()
-            work.mkdir(parents=True, exist_ok=True)
-            place = Place(work, options.weights.resolve(), fruit, options.imgsz, options.epochs, options.threads)
-            if options.plan:
-                plan(place, len(missing))
-                return 0
-            bar = tqdm(missing, unit="cell", leave=False)
-            for cell in bar:
-                bar.set_description(cell)
-                write_text(files[cell], json.dumps(measure(place, cell), indent=1) + "\n")
-    except Fault as fault:
-        print(fault, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    results = {cell: json.loads(file.read_text()) for cell, file in files.items() if file.exists()}
+    if options.speed:
+        write_text(speed_file, json.dumps(speed(options.tuned, options.speed_imgsz), indent=1) + "\n")
+    elif not options.show and (missing or options.plan):
+        if options.weights is None:
+            raise Fault("--weights is needed: a checkpoint of efficientnet-lite0.yaml")
+        fruit = options.fruit and options.fruit.resolve()
+        work = options.work.resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        place = Place(work, options.weights.resolve(), fruit, options.imgsz, options.epochs, options.threads)
+        if options.plan:
+            plan(place, len(missing))
+            return 0
+        fill(files, missing, lambda cell: measure(place, cell))
+    results = read(files)
     texts = [shown(results), shown_counts(options.speed_imgsz)]
     texts += [shown_speed(json.loads(speed_file.read_text()))] if speed_file.exists() else []
     print("\n\n".join(text for text in texts if text))
@@ -383,4 +354,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(guarded(main))

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -42,13 +41,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
-from bench.learn import is_complete, run  # noqa: E402
+from bench.cells import RESULTS, epoch_minutes, fill, guarded, read, train  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
-from data.structures import Fault, Sample  # noqa: E402
+from data.structures import Sample  # noqa: E402
 from engine.classify import class_metrics, scores_of, true_labels  # noqa: E402
 from engine.explain import Question  # noqa: E402
 from engine.explain import measure as explain  # noqa: E402
@@ -65,7 +63,6 @@ from models.network import Network, build  # noqa: E402
 from models.parse import dump, parse  # noqa: E402
 from models.spec import ModelSpec, Scaling  # noqa: E402
 
-RESULTS = ROOT / "bench" / "results"
 CFG = ROOT / "cfg" / "models" / "resnet18-fpn-cls.yaml"
 DATA = ROOT / "cfg" / "data" / "ucmerced.yaml"
 SEEDS = (0, 1)
@@ -78,7 +75,6 @@ KEPT = 10  # one image in so many of each class is kept from training
 BATCH = 16
 OPTIONS = {"--batch-size": BATCH, "--workers": 0, "--cache": "ram", "--device": "cpu", "--amp": "off", "--flipud": 0.5}
 LONGEST = 120  # minutes that everything may take
-PLAN_EPOCHS = (1, 2)  # their difference is free of what starting takes
 KEYS = {"drop": "AD", "increase": "IIC"}  # of `engine.explain_metrics.NUMBERS`
 MOST_MORE = 5  # per cent of parameters that branches may add
 DRAWS = 2_000  # of the bootstrap
@@ -143,21 +139,8 @@ def learned(place: Place) -> Path:
 
 def train_cell(place: Place, folder: Path, start: Mapping[str, Path], epochs: int, seed: int) -> tuple[Path, float]:
     """The checkpoint of a training, which goes on where it was stopped, and the minutes that it took."""
-    seconds = folder / "seconds.json"
-    if not is_complete(folder, epochs):
-        folder.mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {**start, "--data": learned(place), **OPTIONS, "--imgsz": place.imgsz}
-        options |= {"--epochs": epochs, "--seed": seed, "--project": folder.parent, "--name": folder.name}
-        given = [word for pair in options.items() for word in pair]
-        fresh = [sys.executable, "train.py", *given, "--exist-ok", "--noplots", "--noval"]
-        again = [sys.executable, "train.py", "--resume", folder]
-        before, began = json.loads(seconds.read_text()) if seconds.exists() else 0.0, time.perf_counter()
-        surroundings = {**os.environ, "OMP_NUM_THREADS": str(place.threads)}
-        try:
-            run(again if (folder / "last.pt").exists() else fresh, ROOT, surroundings, folder / "output.txt")
-        finally:
-            write_text(seconds, json.dumps(before + time.perf_counter() - began))
-    return folder / "best.pt", json.loads(seconds.read_text()) / 60
+    options = {**start, "--data": learned(place), **OPTIONS, "--imgsz": place.imgsz, "--seed": seed}
+    return train(folder, options, epochs, place.threads)
 
 
 def begin(place: Place, seed: int) -> tuple[Path, float]:
@@ -229,6 +212,12 @@ def explained(network: Network, samples: Sequence[Sample], imgsz: int, names: Se
     """Grad-CAM of the predicted class on every level, and maps that look at nothing, each over all images."""
     there = levels(network.graph)
     return explain(network, samples, names, imgsz, Question(), there, batch_size=BATCH, progress=False)
+
+
+def named(cell: str) -> tuple[str, int]:
+    """The model and the seed of a cell."""
+    name, _, seed = cell.rpartition("-")
+    return name, int(seed)
 
 
 # ---- tables
@@ -439,19 +428,18 @@ def shown_speed(imgsz: int, width: float, result: Mapping[str, Any] | None) -> s
 
 def plan(place: Place, missing: Sequence[str]) -> float:
     """Minutes that the missing cells take at most, by two short trainings of the plain model and one evaluation."""
-    times = []
     write_text(place.work / "plain.yaml", dump(place.model()))
-    for epochs in tqdm(PLAN_EPOCHS, "measuring an epoch", leave=False):
-        folder = place.work / "plan" / f"plain-{epochs}"
-        shutil.rmtree(folder, ignore_errors=True)
-        best, minutes = train_cell(place, folder, {"--cfg": place.work / "plain.yaml"}, epochs, 0)
-        times.append(minutes)
-    epoch = max(times[1] - times[0], 0.0) / (PLAN_EPOCHS[1] - PLAN_EPOCHS[0])
+
+    def trained(folder: Path, epochs: int) -> float:
+        return train_cell(place, folder, {"--cfg": place.work / "plain.yaml"}, epochs, 0)[1]
+
+    first, epoch = epoch_minutes(place.work / "plan", trained)
+    best = place.work / "plan" / "1" / "best.pt"
     checkpoint, found = load_checkpoint(best), splits(place)
     began = time.perf_counter()
     explained(restore(checkpoint).requires_grad_(False), found["choose"], place.imgsz, checkpoint.names)
     judging = (time.perf_counter() - began) / 60 * len(found["judge"]) / len(found["choose"])
-    minutes = len(missing) * (times[0] + (place.epochs - PLAN_EPOCHS[0]) * epoch + judging)
+    minutes = len(missing) * (first + (place.epochs - 1) * epoch + judging)
     print(f"an epoch takes {60 * epoch:.1f} s, judging a model {60 * judging:.0f} s")
     print(f"{len(missing)} cells of {place.epochs} epochs take {minutes:.0f} minutes at most, one after the other")
     if minutes > LONGEST:
@@ -481,32 +469,19 @@ def main() -> int:
     files = {cell: options.out / f"fal-{cell}.json" for cell in CELLS}
     missing = [cell for cell in CELLS if cell in options.cells and not files[cell].exists()]
     options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        if options.speed:
-            write_text(speed_file, json.dumps(speed(options.imgsz, options.width), indent=1) + "\n")
-        elif not options.show and (missing or options.plan):
-            ucmerced = options.ucmerced and options.ucmerced.resolve()
-            work = options.work.resolve()
-            work.mkdir(parents=True, exist_ok=True)
-            how = (options.imgsz, options.width, options.epochs, options.per_class, options.threads)
-            place = Place(work, ucmerced, *how)
-            if options.plan:
-                plan(place, missing)
-                return 0
-            bar = tqdm(missing, unit="cell", leave=False)
-            for cell in bar:
-                bar.set_description(cell)
-                name, _, seed = cell.rpartition("-")
-                if not files[cell].exists():  # `chosen` may have measured `begin`
-                    text = json.dumps(measure(place, name, int(seed), options.out))
-                    write_text(files[cell], text + "\n")
-    except Fault as fault:
-        print(fault, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    results = {cell: json.loads(file.read_text()) for cell, file in files.items() if file.exists()}
+    if options.speed:
+        write_text(speed_file, json.dumps(speed(options.imgsz, options.width), indent=1) + "\n")
+    elif not options.show and (missing or options.plan):
+        ucmerced = options.ucmerced and options.ucmerced.resolve()
+        work = options.work.resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        how = (options.imgsz, options.width, options.epochs, options.per_class, options.threads)
+        place = Place(work, ucmerced, *how)
+        if options.plan:
+            plan(place, missing)
+            return 0
+        fill(files, missing, lambda cell: measure(place, *named(cell), options.out), indent=None)
+    results = read(files)
     costs = json.loads(speed_file.read_text()) if speed_file.exists() else None
     texts = [shown(results), shown_speed(options.imgsz, options.width, costs)]
     print("\n\n".join(text for text in texts if text))
@@ -514,4 +489,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(guarded(main))

@@ -43,7 +43,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +56,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from bench.cells import fill, guarded, is_complete, read, run, timed_run  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.convert import convert  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
@@ -164,7 +164,7 @@ def start_weights(place: Place, program: str) -> Path:
 
 def train_cell(place: Place, cell: Cell, folder: Path, epochs: int) -> Path:
     """The best checkpoint of a cell's training, which goes on where it was stopped."""
-    data, seconds = data_for(place, cell.data), folder / "seconds.json"
+    data = data_for(place, cell.data)
     best = folder / ("best.pt" if cell.program == "ours" else "weights/best.pt")
     if is_complete(folder, epochs):
         return best
@@ -185,30 +185,8 @@ def train_cell(place: Place, cell: Cell, folder: Path, epochs: int) -> Path:
         fresh = [python, "train.py", "--data", data / "peer.yaml", *begin, *options]
         again, last = [python, "train.py", "--resume", folder / "weights" / "last.pt"], folder / "weights" / "last.pt"
         surroundings = peer_environment(place)
-    folder.mkdir(parents=True, exist_ok=True)
-    before = json.loads(seconds.read_text()) if seconds.exists() else 0.0
-    began = time.perf_counter()
-    try:
-        run(again if last.exists() else fresh, where, surroundings, folder / "output.txt")
-    finally:
-        write_text(seconds, json.dumps(before + time.perf_counter() - began))
+    timed_run(folder, fresh, again, last, where, surroundings)
     return best
-
-
-def is_complete(folder: Path, epochs: int) -> bool:
-    """Whether all epochs are in results.csv, which both programs write."""
-    file = folder / "results.csv"
-    return file.exists() and len(file.read_text().splitlines()) > epochs
-
-
-def run(command: Sequence[Any], where: Path, surroundings: dict[str, str] | Any, output: Path) -> str:
-    """Run a program with what it says in a file, and return that. A Fault with its last lines where it fails."""
-    with open(output, "w", encoding="utf-8") as file:
-        found = subprocess.run([*map(str, command)], cwd=where, env=surroundings, stdout=file, stderr=subprocess.STDOUT)
-    said = output.read_text(encoding="utf-8", errors="replace")
-    if found.returncode:
-        raise Fault(f"{' '.join(map(str, command[:3]))} ...: failed, see {output}", *said.splitlines()[-8:])
-    return said
 
 
 # ---- inside the peer's Python; all of it is asked of yolov5's own functions
@@ -500,35 +478,27 @@ def main() -> int:
         options.epochs,
         options.threads,
     )
-    files = {str(cell): options.out / f"learn-{cell}.json" for cell in CELLS}
-    missing = [cell for cell in CELLS if str(cell) in options.cells and not files[str(cell)].exists()]
-    try:
-        if (missing and not options.show) or options.plan:
-            options.out.mkdir(parents=True, exist_ok=True)
-            file = options.out / "learn-plan.json"
-            if options.plan:
-                file.unlink(missing_ok=True)
-            text, minutes = shown_plan(place, plan(place, file))
-            print(text)
-            if minutes > LONGEST:
-                print(f"That is more than {LONGEST} minutes; --epochs takes a smaller number.")
+    cells = {str(cell): cell for cell in CELLS}
+    files = {cell: options.out / f"learn-{cell}.json" for cell in cells}
+    missing = [cell for cell in cells if cell in options.cells and not files[cell].exists()]
+    if (missing and not options.show) or options.plan:
+        options.out.mkdir(parents=True, exist_ok=True)
+        file = options.out / "learn-plan.json"
         if options.plan:
-            return 0
-        bar = tqdm([] if options.show else missing, unit="cell", leave=False)
-        for cell in bar:
-            bar.set_description(str(cell))
-            write_text(files[str(cell)], json.dumps(measure(place, cell), indent=1) + "\n")
-    except Fault as fault:
-        print(fault, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+            file.unlink(missing_ok=True)
+        text, minutes = shown_plan(place, plan(place, file))
+        print(text)
+        if minutes > LONGEST:
+            print(f"That is more than {LONGEST} minutes; --epochs takes a smaller number.")
+    if options.plan:
+        return 0
+    if not options.show:
+        fill(files, missing, lambda cell: measure(place, cells[cell]))
+    results = read(files)
     text, below = shown(results)
     print(text, shown_agreement(results), sep="\n\n")
     return int(below)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(guarded(main))

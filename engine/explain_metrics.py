@@ -32,6 +32,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 SPACES = {"pixel": (0.0, 0.0, 0.0), "norm": IMAGENET_MEAN}  # what stands where a map is 0
 BLUR = 16  # what insertion starts from: the image in cells of 1/16 of its sides
 RESAMPLES = 2000
+FEWEST = 5  # images that an interval is drawn from
 CONTROLS = ("random", "ones", "centre")
 FORMAT = "oneshot-yolo explain 1"
 
@@ -163,14 +164,16 @@ def inside(heat: Tensor, boxes: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and where it lies, 95 of 100 times, had other images been drawn."""
+    """A mean and where it lies, 95 of 100 times, had other images been drawn; nan where those are too few to tell."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return "-" if math.isnan(self.value) else f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        if math.isnan(self.value) or math.isnan(self.low):
+            return "-" if math.isnan(self.value) else f"{self.value:.3g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
     @property
     def sure(self) -> bool:
@@ -307,7 +310,10 @@ def _interval(value: float, means: np.ndarray) -> Interval:
 def _resampled_means(
     sides: Sequence[tuple[Sequence[str], np.ndarray]], images: Sequence[str], seed: int = 0
 ) -> list[np.ndarray]:
-    """For each side, owners and values ``[K]``, the means of `RESAMPLES` draws of `images`: the same draws for all."""
+    """For each side, owners and values ``[K]``, the means of `RESAMPLES` draws of `images`: the same draws for all.
+
+    None of fewer than `FEWEST` images, which drawn again say nothing of others.
+    """
     place = {image: index for index, image in enumerate(images)}
     totals = []
     for owners, values in sides:
@@ -316,6 +322,8 @@ def _resampled_means(
         weights = np.array([value for _, value in known])
         count = np.bincount(index, minlength=len(images))
         totals.append(np.stack([np.bincount(index, weights, minlength=len(images)), count], axis=1))
+    if len(images) < FEWEST:
+        return [np.full(0, math.nan) for _ in sides]
     found: list[list[np.ndarray]] = [[] for _ in sides]
     rng = np.random.default_rng(seed)
     for _ in range(0, RESAMPLES, 100):  # some at a time: draws times images may be many

@@ -359,7 +359,7 @@ def an_explained(images, drops, **about):
 
 
 def test_an_interval_of_equal_values_is_a_point_and_of_others_that_of_a_normal_mean():
-    same = interval(an_explained(["x", "y"], [5, 5]), "P3", "drop")
+    same = interval(an_explained([*"vwxyz"], [5] * 5), "P3", "drop")
     assert (same.value, same.low, same.high) == (5, 5, 5)
     rng = np.random.default_rng(0)
     values = rng.normal(10, 4, 400)
@@ -367,6 +367,12 @@ def test_an_interval_of_equal_values_is_a_point_and_of_others_that_of_a_normal_m
     half = 1.96 * values.std() / 20
     assert one.value == pytest.approx(values.mean())
     assert (one.low, one.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08)
+
+
+def test_a_few_images_have_no_interval_and_nothing_is_sure():
+    few = an_explained([*"wxyz"], [50, 60, 70, 80])
+    alone, change = interval(few, "P3", "drop"), difference(few, an_explained([*"wxyz"], [5, 6, 7, 8]), "P3", "drop")
+    assert str(alone) == "65" and str(change) == "-58.5" and not change.sure
 
 
 def test_a_paired_difference_is_surer_than_the_two_means():
@@ -383,22 +389,30 @@ def test_a_paired_difference_is_surer_than_the_two_means():
 
 
 def test_images_are_drawn_whole_and_only_shared_ones_count():
-    one = an_explained(["x", "x", "x", "y"], [0, 0, 0, 8])
+    one = an_explained(["x"] * 12 + [*"stuv"], [0] * 12 + [8] * 4)
     assert interval(one, "P3", "drop").value == 2
-    assert set(np.round([interval(one, "P3", "drop").low, interval(one, "P3", "drop").high], 6)) == {0, 8}
-    other = an_explained(["y", "z"], [9, 100])
+    assert interval(one, "P3", "drop").high == 8  # x is in no draw of a third of them: of single numbers, of 1 in 100
+    other = an_explained(["v", "z"], [9, 100])
     assert difference(one, other, "P3", "drop").value == 1
 
 
 def test_metrics_come_back_from_their_file_and_are_compared(tmp_path):
-    first, second = an_explained(["x", "y"], [10, 20], data="d"), an_explained(["x", "y"], [5, 15], data="d")
+    names = [*"vwxyz"]
+    first, second = (
+        an_explained(names, [10, 20, 10, 20, 15], data="d"),
+        an_explained(names, [5, 15, 5, 15, 10], data="d"),
+    )
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     write_metrics(a, first), write_metrics(b, second)
     back = read_metrics(a)
-    assert back.levels["P3"]["drop"].tolist() == [10, 20] and back.images == ["x", "y"] and back.strides == {"P3": 8}
+    assert (
+        back.levels["P3"]["drop"].tolist() == [10, 20, 10, 20, 15]
+        and back.images == names
+        and back.strides == {"P3": 8}
+    )
     assert json.loads(a.read_text())["summary"]["P3"]["drop"][0] == 15
     lines = compare(a, b).splitlines()
-    assert lines[2] == "2 images in common, of 2 and 2"
+    assert lines[2] == "5 images in common, of 5 and 5"
     assert lines[6].split() == ["P3", "AD", "%", "15", "10", "-5", "[-5,", "-5]", "*"]
     assert level_metrics(back)[0].ad == 15 and level_metrics(back)[0].iic == 0
 

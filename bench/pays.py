@@ -1,0 +1,325 @@
+"""Does searching pay? A found subnet beside random ones that cost the same, and beside the usual choice.
+
+python bench/pays.py --bccd ~/BCCD                           # searches and trains what is missing, prints the table
+python bench/pays.py --bccd ~/BCCD --plan                    # measures an epoch, says how long all of it takes
+python bench/pays.py --bccd ~/BCCD --cells kernel-act-found-0 kernel-act-random3-0
+python bench/pays.py --show                                  # what was measured
+
+Two spaces over cfg/models/tiny.yaml: `kernel-act` has kernel and activation of four neck blocks (the seed's 1,296
+subnets), `wide` has their depth as well. The budget is the median of the multiply-adds of random subnets of a space.
+
+- `found`: the best subnet of a search with that budget, one search for each seed;
+- `random0` to `random7`: subnets drawn evenly from those that need 97 to 100 % of the budget, the same for each seed;
+- `default`: 3x3 and Mish everywhere, as deep as the budget lets it be.
+
+A cell is one training, kept as a JSON in bench/results; one that was stopped goes on where it was. All start from
+random weights and have the same images, epochs, size and seed; a search's weights are not inherited. There is one
+evaluation, after the last epoch: AP on the test images, which neither a search nor a training has seen. The best of the
+random ones is the one with the highest AP on the validation images, as somebody would choose it who trains eight.
+
+Intervals are of a jackknife over ten groups of the test images. They do not hold how seeds differ, so each is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+
+from bench.bccd import RECIPE  # noqa: E402
+from bench.cells import RESULTS, epoch_minutes, fill, guarded, read, timed_run, train  # noqa: E402
+from bench.learn import JUDGED_BY, interval, judged  # noqa: E402
+from data.config import read_data_spec  # noqa: E402
+from data.dataset import ImageSet  # noqa: E402
+from data.readers import read_split  # noqa: E402
+from engine.evaluate import check_imgsz, detections_of  # noqa: E402
+from engine.runs import table, write_text  # noqa: E402
+from models.checkpoint import load_checkpoint, restore  # noqa: E402
+from models.graph import resolve  # noqa: E402
+from models.network import build  # noqa: E402
+from models.parse import dump, parse  # noqa: E402
+from models.spec import ModelSpec  # noqa: E402
+from search.costs import CostTable, cost_tables, format_cost  # noqa: E402
+from search.space import Architecture, SearchSpace  # noqa: E402
+
+DATA = ROOT / "cfg" / "data" / "bccd.yaml"
+SPACES = {"kernel-act": "tiny-seed-search", "wide": "tiny-search"}
+SEEDS = (0, 1)
+RANDOM = tuple(f"random{number}" for number in range(8))
+ROLES = ("found", "default", *RANDOM)
+CELLS = [f"{space}-{role}-{seed}" for space in SPACES for seed in SEEDS for role in ROLES]
+AS_DEAR = 0.03  # by how much a random subnet may be below the budget
+DRAWN = 1_001  # random subnets whose median is the budget
+LONGEST = 120  # minutes that everything may take
+SPLITS = {"val": "chosen_by", "test": "judged_by"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are, and what holds for every cell."""
+
+    work: Path
+    bccd: Path | None
+    imgsz: int
+    epochs: int
+    search_epochs: int
+    candidates: int
+    threads: int
+
+    def data(self) -> Path:
+        """The YAML of the data set."""
+        if self.bccd is None:
+            return DATA
+        moved = self.work / "bccd.yaml"
+        write_text(moved, yaml.safe_dump({**yaml.safe_load(DATA.read_text()), "path": str(self.bccd)}))
+        return moved
+
+    def options(self, seed: int) -> dict[str, Any]:
+        """What a search and a training share."""
+        recipe = {f"--{name.replace('_', '-')}": value for name, value in RECIPE.items()}
+        return {"--data": self.data(), "--imgsz": self.imgsz, "--seed": seed, "--device": "cpu", **recipe}
+
+
+# ---- which subnets
+
+
+def space_of(name: str, place: Place) -> tuple[ModelSpec, SearchSpace, CostTable]:
+    """The model file with its open places, what may stand there, and the multiply-adds of each subnet."""
+    spec = parse(ROOT / "cfg" / "models" / f"{SPACES[name]}.yaml")
+    classes = len(read_data_spec(place.data()).names)
+    graph = resolve(replace(spec, num_classes=classes))
+    imgsz = check_imgsz(place.imgsz, build(graph.spec.freeze(first_options(graph.spec))).max_stride)
+    return graph.spec, SearchSpace.of(graph.spec), cost_tables(graph, imgsz)["macs"]
+
+
+def first_options(spec: ModelSpec) -> dict[str, Any]:
+    return {choice.name: choice.options[0] for choice in spec.choices}
+
+
+def budget(space: SearchSpace, macs: CostTable) -> int:
+    """The median of the multiply-adds of random subnets."""
+    rng = random.Random(0)
+    return int(np.median([macs.of(space.sample(rng)) for _ in range(DRAWN)]))
+
+
+def random_subnets(space: SearchSpace, macs: CostTable) -> list[Architecture]:
+    """Different subnets, drawn evenly from those that need about as much as the budget allows."""
+    rng, most = random.Random(1), budget(space, macs)
+    found: dict[int, Architecture] = {}
+    while len(found) < len(RANDOM):
+        drawn = space.canonical(space.sample(rng))
+        if 1 - AS_DEAR <= macs.of(drawn) / most <= 1:
+            found[space.index(drawn)] = drawn
+    return list(found.values())
+
+
+def default_subnet(space: SearchSpace, macs: CostTable) -> Architecture:
+    """3x3 and Mish, and of what else is open the dearest that the budget lets be, alike in all rows."""
+    choices = space.choices
+    wanted = {"kernel": 3, "act": "mish"}
+    fitting = []
+    for level in range(max(len(choice.options) for choice in choices)):
+        picks = {}
+        for choice in choices:
+            value = wanted.get(choice.name.rpartition(".")[2])
+            picks[choice.name] = choice.options[min(level, len(choice.options) - 1)] if value is None else value
+        subnet = space.canonical(Architecture(picks))
+        if macs.of(subnet) <= budget(space, macs):
+            fitting.append(subnet)
+    return max(fitting, key=macs.of)
+
+
+def searched(place: Place, name: str, seed: int, most: int) -> Path:
+    """The YAML of the best subnet of a search, which goes on where it was stopped."""
+    folder = place.work / "runs" / f"{name}-search-{seed}"
+    if not (folder / "best.yaml").exists():
+        options = {"--cfg": ROOT / "cfg" / "models" / f"{SPACES[name]}.yaml", **place.options(seed)}
+        options |= {"--epochs": place.search_epochs, "--candidates": place.candidates, "--budget": f"macs={most}"}
+        options |= {"--project": folder.parent, "--name": folder.name}
+        words = [word for pair in options.items() for word in pair]
+        fresh = [sys.executable, "search.py", *words, "--exist-ok"]
+        again = [sys.executable, "search.py", "--resume", folder]
+        surroundings = {**os.environ, "OMP_NUM_THREADS": str(place.threads)}
+        timed_run(folder, fresh, again, folder / "last.pt", ROOT, surroundings)
+    return folder / "best.yaml"
+
+
+# ---- a cell
+
+
+def named(cell: str) -> tuple[str, str, int]:
+    """The space, the role and the seed of a cell."""
+    space, role, seed = cell.rsplit("-", 2)
+    return space, role, int(seed)
+
+
+def measure(place: Place, cell: str) -> dict[str, Any]:
+    """Find or draw a subnet, train it from random weights, and judge it."""
+    name, role, seed = named(cell)
+    spec, space, macs = space_of(name, place)
+    most, file = budget(space, macs), place.work / f"{cell}.yaml"
+    if role == "found":
+        write_text(file, searched(place, name, seed, most).read_text())
+    else:
+        subnet = default_subnet(space, macs) if role == "default" else random_subnets(space, macs)[RANDOM.index(role)]
+        write_text(file, dump(spec.freeze(subnet.picks)))
+    options = {"--cfg": file, **place.options(seed)}
+    best, minutes = train(place.work / "runs" / cell, options, place.epochs, place.threads)
+    network = restore(load_checkpoint(best)).eval()
+    costs = cost_tables(resolve(parse(file)), place.imgsz)
+    about = {
+        "cell": cell,
+        "epochs": place.epochs,
+        "imgsz": place.imgsz,
+        "budget": most,
+        "macs": costs["macs"].fixed,
+        "params": costs["params"].fixed,
+        "minutes": minutes,
+        "threads": place.threads,
+        "torch": torch.__version__,
+    }
+    data = read_data_spec(place.data())
+    for split, key in SPLITS.items():
+        samples = read_split(data, split).samples
+        images = ImageSet(samples, place.imgsz, None, seed=0, cache=False)
+        found, _times = detections_of(network, images, batch_size=16, progress=False, **JUDGED_BY)
+        about[key] = judged(samples, found, data.names)
+    return about
+
+
+# ---- the table
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def of_seeds(results: Results, space: str, role: str) -> dict[int, Mapping[str, Any]]:
+    return {seed: results[cell] for seed in SEEDS if (cell := f"{space}-{role}-{seed}") in results}
+
+
+def best_random(results: Results, space: str, seed: int) -> Mapping[str, Any] | None:
+    """The random subnet that the validation images say is best."""
+    there = [results[cell] for role in RANDOM if (cell := f"{space}-{role}-{seed}") in results]
+    return max(there, key=lambda one: one["chosen_by"]["ap"]) if there else None
+
+
+def numbers(one: Mapping[str, Any], key: str) -> tuple[float, np.ndarray]:
+    """A number of the test images, and the same without each group of them."""
+    return one["judged_by"][key], np.array(one["judged_by"]["without"][key])
+
+
+def told(pairs: Sequence[tuple[float, np.ndarray]], sign: str = "") -> str:
+    """The mean over seeds, the interval of it, and each seed's."""
+    mean, wide = np.mean([value for value, _ in pairs]), interval(np.mean([without for _, without in pairs], axis=0))
+    each = " ".join(f"{value:{sign}.3f}" for value, _ in pairs)
+    if sign:
+        return f"{mean:+.3f} ({mean - wide:+.3f} to {mean + wide:+.3f}; {each})"
+    return f"{mean:.3f} +- {wide:.3f} ({each})"
+
+
+def shown(results: Results, key: str = "ap") -> str:
+    rows = []
+    for space in SPACES:
+        found = of_seeds(results, space, "found")
+        rivals: dict[str, dict[int, tuple[float, np.ndarray]]] = {"random, mean": {}, "random, best": {}, "default": {}}
+        costs: dict[str, list[float]] = {name: [] for name in rivals}
+        for seed in SEEDS:
+            everyone = [results[cell] for role in RANDOM if (cell := f"{space}-{role}-{seed}") in results]
+            sides = {
+                "default": of_seeds(results, space, "default").get(seed),
+                "random, best": best_random(results, space, seed),
+            }
+            for name, one in sides.items():
+                if one:
+                    rivals[name][seed] = numbers(one, key)
+                    costs[name].append(one["macs"])
+            if len(everyone) == len(RANDOM):
+                values = [numbers(one, key) for one in everyone]
+                rivals["random, mean"][seed] = (
+                    float(np.mean([value for value, _ in values])),
+                    np.mean([without for _, without in values], axis=0),
+                )
+                costs["random, mean"] += [one["macs"] for one in everyone]
+        ours = {seed: numbers(one, key) for seed, one in found.items()}
+        if ours:
+            cost = float(np.mean([one["macs"] for one in found.values()]))
+            rows.append([space, "found", format_cost("macs", cost), told(list(ours.values())), None])
+        for name, theirs in rivals.items():
+            if theirs:
+                both = sorted(ours.keys() & theirs.keys())
+                apart = [(ours[seed][0] - theirs[seed][0], ours[seed][1] - theirs[seed][1]) for seed in both]
+                cost = format_cost("macs", float(np.mean(costs[name])))
+                rows.append([space, name, cost, told(list(theirs.values())), told(apart, "+") if apart else None])
+    if not rows:
+        return "nothing was measured yet"
+    some = next(iter(results.values()))
+    head = f"bccd, {some['imgsz']} px, {some['epochs']} epochs from random weights; {key.upper()} on the test images"
+    columns = ("space", "subnet", "MACs", f"{key.upper()} (each seed)", "found - this (each seed)")
+    return f"{head}\n\n{table(rows, columns)}"
+
+
+# ---- the plan
+
+
+def plan(place: Place, missing: Sequence[str]) -> None:
+    """Says how many minutes the missing trainings take, by two short ones; a search takes about as long as three."""
+    spec, space, macs = space_of("wide", place)
+    file = place.work / "plan.yaml"
+    write_text(file, dump(spec.freeze(default_subnet(space, macs).picks)))
+    options = {"--cfg": file, **place.options(0)}
+    first, epoch = epoch_minutes(
+        place.work / "plan", lambda folder, epochs: train(folder, options, epochs, place.threads)[1]
+    )
+    minutes = len(missing) * (first + (place.epochs - 1) * epoch)
+    searches = sum(named(cell)[1] == "found" for cell in missing)
+    print(f"an epoch takes {60 * epoch:.1f} s; {len(missing)} trainings of {place.epochs} epochs {minutes:.0f} minutes")
+    print(f"{searches} searches of {place.search_epochs} epochs come to that")
+    if minutes > LONGEST:
+        print(f"That is more than {LONGEST} minutes; --cells and --epochs take less.")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bccd", type=Path, help="folder of the data set; default as cfg/data/bccd.yaml says")
+    parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS, metavar="CELL")
+    parser.add_argument("--imgsz", type=int, default=160)
+    parser.add_argument("--epochs", type=int, default=24, help="of each training")
+    parser.add_argument("--search-epochs", type=int, default=16)
+    parser.add_argument("--candidates", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench" / "pays", help="folder of all runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--plan", action="store_true", help="measure how long it takes, and stop")
+    parser.add_argument("--show", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    files = {cell: options.out / f"pays-{cell}.json" for cell in CELLS}
+    missing = [cell for cell in CELLS if cell in options.cells and not files[cell].exists()]
+    if not options.show:
+        work = options.work.resolve()
+        for folder in (work, options.out):
+            folder.mkdir(parents=True, exist_ok=True)
+        how = (options.imgsz, options.epochs, options.search_epochs, options.candidates, options.threads)
+        place = Place(work, options.bccd and options.bccd.resolve(), *how)
+        if options.plan:
+            plan(place, missing)
+            return 0
+        fill(files, missing, lambda cell: measure(place, cell))
+    results = read(files)
+    print(*(shown(results, key) for key in ("ap", "ap50")), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(main))

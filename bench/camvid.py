@@ -389,7 +389,7 @@ def main() -> int:
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS, metavar="CELL")
     parser.add_argument("--imgsz", type=int, default=240, help="the longer side; CamVid's own is 480")
     parser.add_argument("--width", type=float, default=0.5, help="channels of all rows, 1 is ResNet-18's own")
-    parser.add_argument("--begin", type=int, default=24, help="epochs of the common start")
+    parser.add_argument("--begin", type=int, default=16, help="epochs of the common start")
     parser.add_argument("--epochs", type=int, default=6, help="of each model behind it")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench" / "camvid", help="folder of all runs")

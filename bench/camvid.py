@@ -49,6 +49,7 @@ from bench.cells import RESULTS, epoch_minutes, fill, guarded, read, train  # no
 from bench.learn import interval  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
+from data.loader import collate  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.structures import Sample  # noqa: E402
 from engine.evaluate import pixels  # noqa: E402
@@ -332,7 +333,9 @@ def speed(place: Place) -> dict[str, Any]:
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "sizes": {}}
     for imgsz in (place.imgsz, 2 * place.imgsz):
         view = ImageSet(samples, imgsz, None, seed=0, cache=False, rect=True)
-        inputs = [pixels(view.batch([at]), "cpu").to(memory_format=torch.channels_last) for at in range(len(samples))]
+        inputs = [
+            pixels(collate([view[at]]), "cpu").to(memory_format=torch.channels_last) for at in range(len(samples))
+        ]
 
         def predict(name: str, inputs: Sequence[Tensor] = inputs) -> None:
             with torch.inference_mode():

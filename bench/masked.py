@@ -2,6 +2,7 @@
 
 python bench/masked.py                                   # about 15 minutes on 2 idle cores
 python bench/masked.py --low 0.75 --rounds 5             # a quick look
+python bench/masked.py --threshold                       # from which share of low patches on packing is faster
 python bench/masked.py --ways                            # other ways to do the 3x3 convolutions of high patches
 python bench/masked.py --profile                         # where the time goes
 python bench/masked.py --show                            # the table of what was measured
@@ -13,6 +14,10 @@ channels_last, and their polyphase form, in which the cells of each phase are an
 norms and activations in place. A round runs every form once, in an order that is drawn; the number is the fastest dense
 form / ours by the median of the rounds' ratios, with the 95 % interval of a bootstrap over rounds. Cells are kept as
 JSON in bench/results.
+
+--threshold sets the packed form against what else there is to do with such a mask, the dense form of the same stages,
+for small shares, and says from which on packing is faster: where the line through the logarithms of the ratios
+crosses 1. `models.ops.masked.PACKED_FROM` is to be that.
 """
 
 from __future__ import annotations
@@ -40,11 +45,14 @@ from engine.runs import table, write_text  # noqa: E402
 from models.cost import masked_macs, network_costs  # noqa: E402
 from models.fuse import fuse  # noqa: E402
 from models.network import Network, build  # noqa: E402
+from models.ops.masked import PACKED_FROM  # noqa: E402
 from models.ops.packed import as_rows, packing, taps_inside  # noqa: E402
 from models.parse import parse  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
+SMALL = (0.05, 0.1, 0.2, 0.3, 0.4)  # shares of low patches around which packing begins to pay
 LOW = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 0.75, 0.9, 1.0)
+USUAL = 0.75  # for --ways and --profile
 BLOBS = 6  # a side, of a mask: about so many high places would find room
 WARMUP = 2
 RESAMPLES = 2_000
@@ -160,14 +168,67 @@ def measured(low: float, options: argparse.Namespace) -> dict[str, Any]:
     for clock, name in enumerate(("wall", "cpu")):
         best = min((form for form in forms if form != "ours"), key=lambda form: np.median(times[form][:, clock]))
         ratios = times[best][:, clock] / times["ours"][:, clock]
-        drawn = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
         found[name] = {
             "ms": {form: float(np.median(values[:, clock])) for form, values in times.items()},
             "fastest": best,
             "ratio": float(np.median(ratios)),
-            "interval": [float(bound) for bound in np.percentile(np.median(drawn, axis=1), (2.5, 97.5))],
+            "interval": bootstrapped(ratios),
         }
     return {**found, "limit": limit(ours, low, options.imgsz)}
+
+
+def packed_or_dense(options: argparse.Namespace) -> dict[str, Any]:
+    """Dense milliseconds to packed ones for some shares of low patches, wall and CPU time, and where they are equal."""
+    ours, _ = networks(options.pool)
+    last = torch.channels_last
+    both = {"packed": ours.to(memory_format=last), "dense": deepcopy(ours).to(memory_format=last)}  # type: ignore[call-overload]
+    for name, network in both.items():
+        for row in STAGES:
+            network.layers[row].backend = name
+    x = torch.rand(1, 512, options.imgsz // 8, options.imgsz // 8).contiguous(memory_format=last)
+    forms = {}
+    for low in options.low or SMALL:
+        mask = blobs(low, options.imgsz // 16, options.seed)
+        forms |= {f"{name} {low:g}": selective(network, x, mask) for name, network in both.items()}
+    times = raced(forms, options.rounds, "threshold")
+    found: dict[str, Any] = {"imgsz": options.imgsz, "pool": options.pool, "rounds": options.rounds}
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for clock, name in enumerate(("wall", "cpu")):
+        rows, ratios = [], []
+        for low in options.low or SMALL:
+            packed, dense = (times[f"{form} {low:g}"][:, clock] for form in ("packed", "dense"))
+            ratios.append(float(np.median(dense / packed)))
+            rows.append({"low": low, "packed": float(np.median(packed)), "dense": float(np.median(dense))})
+            rows[-1] |= {"ratio": ratios[-1], "interval": bootstrapped(dense / packed)}
+        found[name] = {"rows": rows, "equal": crossing([row["low"] for row in rows], ratios)}
+    return found
+
+
+def crossing(shares: Sequence[float], ratios: Sequence[float]) -> float | None:
+    """The share where the line through the logarithms of the ratios is 0, not under 0; None where it does not rise."""
+    if len(shares) < 2:
+        return None
+    slope, start = np.polyfit(shares, np.log(ratios), 1)
+    return max(0.0, float(-start / slope)) if slope > 0 else None
+
+
+def shown_threshold(found: Mapping[str, Any]) -> str:
+    rows = []
+    for clock in ("wall", "cpu"):
+        for row in found[clock]["rows"]:
+            low, high = row["interval"]
+            about = f"{row['low']:.0%}", clock, f"{row['packed']:.0f}", f"{row['dense']:.0f}"
+            rows.append((*about, f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"))
+    equal = {clock: found[clock]["equal"] for clock in ("wall", "cpu")}
+    told = ", ".join(f"{clock} {'-' if share is None else f'{share:.2f}'}" for clock, share in equal.items())
+    names = ("low", "clock", "ms packed", "ms dense", "times as fast", "95 %")
+    return f"{table(rows, names)}\n\nequal at a share of: {told}; PACKED_FROM is {PACKED_FROM}"
+
+
+def bootstrapped(ratios: np.ndarray) -> list[float]:
+    """The 95 % interval of their median."""
+    drawn = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
+    return [float(bound) for bound in np.percentile(np.median(drawn, axis=1), (2.5, 97.5))]
 
 
 def limit(network: Network, low: float, imgsz: int) -> float:
@@ -258,7 +319,8 @@ def ways(channels: int, size: int, low: float, rounds: int) -> str:
 def profiled(options: argparse.Namespace) -> str:
     ours, _ = networks(options.pool)
     x = torch.rand(1, 512, options.imgsz // 8, options.imgsz // 8).contiguous(memory_format=torch.channels_last)
-    run = selective(ours.to(memory_format=torch.channels_last), x, blobs(options.low[0], options.imgsz // 16, 0))  # type: ignore[call-overload]
+    mask = blobs((options.low or [USUAL])[0], options.imgsz // 16, 0)
+    run = selective(ours.to(memory_format=torch.channels_last), x, mask)  # type: ignore[call-overload]
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(options.rounds):
@@ -268,13 +330,14 @@ def profiled(options: argparse.Namespace) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--low", type=float, nargs="+", default=list(LOW), help="shares of low patches")
+    parser.add_argument("--low", type=float, nargs="+", help="shares of low patches")
     parser.add_argument("--imgsz", type=int, default=512)
     parser.add_argument("--pool", choices=("max", "pick"), default="max")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--threshold", action="store_true")
     parser.add_argument("--ways", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--show", action="store_true", help="measure nothing")
@@ -285,12 +348,21 @@ def main() -> int:
         with torch.inference_mode():
             if options.ways:
                 size = options.imgsz // 8
-                print("\n\n".join(ways(channels, size, options.low[0], options.rounds) for channels in (256, 512)))
+                low = options.low[0] if options.low else USUAL
+                print("\n\n".join(ways(channels, size, low, options.rounds) for channels in (256, 512)))
                 return 0
             if options.profile:
                 print(profiled(options))
                 return 0
-            for low in options.low:
+            if options.threshold:
+                file = options.out / f"masked-threshold-{options.pool}-{options.imgsz}.json"
+                if not options.show and not file.exists():
+                    options.out.mkdir(parents=True, exist_ok=True)
+                    write_text(file, json.dumps(packed_or_dense(options), indent=1) + "\n")
+                if file.exists():
+                    print(shown_threshold(json.loads(file.read_text())))
+                return 0
+            for low in options.low or LOW:
                 file = options.out / f"masked-{options.pool}-{options.imgsz}-{low:g}.json"
                 if not options.show and not file.exists():
                     options.out.mkdir(parents=True, exist_ok=True)

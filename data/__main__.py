@@ -16,7 +16,7 @@ from data.contact_sheet import write_contact_sheet
 from data.convert import IMAGES, convert
 from data.shapes import draw_shapes
 from data.split import split_data
-from data.structures import Fault
+from data.structures import PROGRAM, Fault, version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data", description="Draws, checks, converts, divides data sets.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     data = "the data YAML, as cfg/data/shapes.yaml"
 

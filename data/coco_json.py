@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, list[Any]]:
         raise Fault(f"{path}: there is no such file; COCO's instances JSON is right") from None
     except json.JSONDecodeError as problem:
         raise Fault(f"{path}:{problem.lineno}: not JSON: {problem.msg}") from None
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not in Unicode, a number of thousands of digits, lists in lists
         raise Fault(f"{path}: not JSON; COCO's instances JSON is right") from None
     for section in SECTIONS:
         if not isinstance(root, dict) or not isinstance(root.get(section), list):

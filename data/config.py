@@ -42,6 +42,7 @@ from pathlib import Path
 import yaml
 
 from data.coco_json import category_names
+from data.files import LARGEST_YAML, compose_yaml, read_bytes
 from data.structures import VOID, Fault, nearest
 
 BOXES = ("yolo", "voc", "coco")  # formats with boxes
@@ -115,11 +116,13 @@ def read_data_spec(path: str | Path) -> DataSpec:
         Fault: with file and line, for anything that is not the format above.
     """
     path = Path(path)
+    if path.is_dir():
+        raise Fault(f"{path}: not a text file; name a data YAML, as cfg/data/shapes.yaml")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, LARGEST_YAML).decode("utf-8")
     except FileNotFoundError:
         raise Fault(f"{path}: there is no such file; name a data YAML, as cfg/data/shapes.yaml") from None
-    except (IsADirectoryError, UnicodeDecodeError):
+    except UnicodeDecodeError:
         raise Fault(f"{path}: not a text file; name a data YAML, as cfg/data/shapes.yaml") from None
     values = _top_level(path, text)
 
@@ -133,6 +136,8 @@ def read_data_spec(path: str | Path) -> DataSpec:
             return None
         if not isinstance(node, yaml.ScalarNode):
             raise fault(key, f"{key} is a {_kind(node)}; one text is right")
+        if "\0" in node.value:
+            raise fault(key, f"{key} holds the letter 0, which no path may")
         return node.value or None
 
     def words(key: str) -> Source:
@@ -141,6 +146,8 @@ def read_data_spec(path: str | Path) -> DataSpec:
             return word(key)
         if not node.value or not all(isinstance(item, yaml.ScalarNode) and item.value for item in node.value):
             raise fault(key, f"{key} is a list of something else than texts; as [images/a, images/b] is right")
+        if any("\0" in item.value for item in node.value):
+            raise fault(key, f"{key} holds the letter 0, which no path may")
         return tuple(item.value for item in node.value)
 
     sources = {key: words(key) for key in (*SPLITS, *JSONS, *MASKS)}
@@ -220,7 +227,7 @@ def check_root(data: DataSpec) -> None:
 def _top_level(path: Path, text: str) -> dict[str, yaml.Node]:
     """The YAML's top-level nodes by key; nodes know their line."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = compose_yaml(text)
     except yaml.MarkedYAMLError as problem:
         line = f":{problem.problem_mark.line + 1}" if problem.problem_mark else ""
         raise Fault(f"{path}{line}: not YAML: {problem.problem}") from None
@@ -265,13 +272,15 @@ def _names(path: Path, node: yaml.Node) -> tuple[str, ...]:
     else:
         raise Fault(f"{where}: names is a {_kind(node)}; a list is right: names: [circle, square]")
     names: list[str] = []
+    known: set[str] = set()
     for value in values:
         here = f"{path}:{value.start_mark.line + 1}"
         if not isinstance(value, yaml.ScalarNode) or not value.value.strip():
             raise Fault(f"{here}: class {len(names)} is not a name; a text is right")
-        if value.value in names:
+        if value.value in known:
             raise Fault(f"{here}: class name {value.value!r} is given twice; each class needs its own name")
         names.append(value.value)
+        known.add(value.value)
     if not names:
         raise Fault(f"{where}: names is empty; list at least one class")
     return tuple(names)

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from data.images import stored_size
 from data.structures import VOID, Fault, MaskFile
 
 SUFFIX = ".png"  # other formats lose ids, or turn them into colours
@@ -56,6 +57,7 @@ def read_ids(path: str | Path) -> np.ndarray:
         raise Fault(f"{path}: cannot be read: {problem.strerror}") from None
     if not content.startswith(SIGNATURE) or len(content) < 26:
         raise Fault(f"{path}: is no PNG; save masks as PNG, which keeps every id")
+    stored_size(io.BytesIO(content), path)
     depth, colour = content[24], content[25]
     if colour in COLOURS:
         raise Fault(f"{path}: holds {COLOURS[colour]}; a grey PNG, or one with a palette, has an id a pixel")
@@ -64,7 +66,7 @@ def read_ids(path: str | Path) -> np.ndarray:
     try:  # Pillow's: OpenCV gives the colours of a palette and hides the places
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             ids = np.array(image, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError):
         raise Fault(f"{path}: cannot be read as a PNG; save it again") from None
     if colour == GREY and 1 < depth < 8:
         ids = ids // (255 // (2**depth - 1))  # greys of few bits come stretched to 0 to 255

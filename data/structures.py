@@ -6,15 +6,18 @@ pixels of the network's input in `Targets` and `Detections`. A `Letterbox` leads
 
 from __future__ import annotations
 
+import configparser
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+PROGRAM = "oneshot-yolo"
 VOID = 255  # in a mask: a pixel of no class, which is neither learned from nor measured on
 
 
@@ -36,6 +39,16 @@ def nearest(word: object, words: Iterable[str]) -> str:
         lower = {known.lower(): known for known in words}
         close = [lower[str(word).lower()]] if str(word).lower() in lower else []
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def version() -> str:
+    """The program's, from its one place: setup.cfg, or what was installed from it."""
+    here = configparser.ConfigParser()
+    here.read(Path(__file__).resolve().parents[1] / "setup.cfg", encoding="utf-8")
+    try:
+        return here["metadata"]["version"] if "metadata" in here else metadata.version(PROGRAM)
+    except (KeyError, metadata.PackageNotFoundError):
+        return "unknown"
 
 
 def _none_of(shape: tuple[int, ...], kind: type) -> np.ndarray:

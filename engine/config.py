@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from data.files import LARGEST_YAML, compose_yaml, read_bytes
 from data.structures import Fault, nearest
 from engine.runs import atomically
 from models.checkpoint import Checkpoint, load_checkpoint
+from models.parse import dump, parse
 
 MOVABLE = {"resume", "data", "device", "workers"}  # options that a resumed run may change: they say where, not what
 MOVABLE_IN_TRAINING = {"epochs", "patience", "save_period", "cache", "teacher", "noplots"}  # and these, by train.py
+DESCRIBED = {"train.py": "model.yaml", "search.py": "search.yaml"}  # the model in a run's folder, by who began it
 SPELLINGS = {"imgsz": ("--img", "--img-size"), "batch_size": ("--batch",)}  # that yolov5 knows too
 ALONE = {"cache": "ram"}  # what an option means that is given without a value
 CACHES: dict[bool | str, str] = {True: "ram", "true": "ram", False: "off", "false": "off"}  # as first versions had it
@@ -59,6 +63,9 @@ class RunConfig(BaseModel):
 
     cfg: Path | None = Field(default=None, description="model YAML")
     dialect: str | None = Field(default=None, description="how to read --cfg; recognised where the file leaves it open")
+    cfg_scale: str | None = Field(
+        default=None, description="which of the sizes that --cfg lists under `scales:`; also --scale with a name"
+    )
     trust_ops: bool = Field(default=False, description="run the Python file that --cfg names with `ops:`")
     data: Path | None = Field(default=None, description="data set YAML")
     weights: Path | None = Field(
@@ -113,6 +120,9 @@ class RunConfig(BaseModel):
         default=None, gt=1, description="largest ratio of a box to its anchor; default that of the head"
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="s: a class should score 1 - s/2, others s/2")
+    class_weights: Literal["none", "median"] = Field(
+        default="none", description="of a segmenter: median makes pixels of rare classes count more"
+    )
     teacher: Path | None = Field(default=None, description="checkpoint to learn from as well, of the same classes")
     distill: float | None = Field(default=None, ge=0, description="gain of the loss against --teacher; default 1")
 
@@ -133,6 +143,15 @@ class RunConfig(BaseModel):
     hsv_v: float = Field(default=0.4, ge=0, le=1, description="of value")
     fliplr: float = Field(default=0.5, ge=0, le=1, description="probability of a left-right flip")
     flipud: float = Field(default=0.0, ge=0, le=1, description="probability of an upside-down flip")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_by_name(cls, values: Any) -> Any:
+        """``--scale s`` is a size of the model, ``--scale 0.5`` an augmentation: yolov5 and v8 both say scale."""
+        word = values.get("scale") if isinstance(values, dict) else None
+        if not isinstance(word, str) or not word[:1].isalpha() or word in ("nan", "inf"):
+            return values
+        return {"cfg_scale": word, **{name: value for name, value in values.items() if name != "scale"}}
 
 
 class TrainConfig(RunConfig):
@@ -241,8 +260,7 @@ def read_options(path: str | Path, model: type[BaseModel] = TrainConfig) -> dict
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = compose_yaml(read_bytes(path, LARGEST_YAML).decode("utf-8"))
     except yaml.YAMLError as problem:
         raise Fault(f"{path}: not YAML: {' '.join(str(problem).split())}") from None
     except UnicodeDecodeError:
@@ -296,6 +314,19 @@ def save_config(path: str | Path, config: BaseModel) -> None:
         temporary.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"resume"}), sort_keys=False))
 
 
+@contextmanager
+def restoring(last: Path) -> Iterator[None]:
+    """What a checkpoint's training state lacks, or has in another form than this run needs, becomes a Fault."""
+    try:
+        yield
+    except Fault:
+        raise
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as problem:
+        told = " ".join(str(problem).split())[:120]
+        what = f"nothing can go on from its training state ({told})"
+        raise Fault(f"{last}: {what}; start anew with --weights {last}") from None
+
+
 def reopen(
     config: Config, resume: Path, script: str, movable: Set[str] = frozenset(MOVABLE)
 ) -> tuple[Config, Path, Checkpoint]:
@@ -319,6 +350,12 @@ def reopen(
     begun = "search.py" if "alphas" in checkpoint.training else "train.py"
     if begun != script:
         raise Fault(f"{last}: was begun by {begun}; python {begun} --resume {folder} goes on with it")
+    described = folder / DESCRIBED[script]
+    if described.is_file() and dump(parse(described)) != dump(checkpoint.spec):
+        raise Fault(
+            f"{described}: describes another model than {last} holds; put back the one of this run, or start anew with"
+            f" --cfg {described}"
+        )
     model = type(config)
     here = {name: getattr(config, name) for name in config.model_fields_set}
     return checked(model, {**read_options(options, model), **here}, str(options)), folder, checkpoint

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
-from data.structures import Fault, nearest
+from data.structures import PROGRAM, Fault, nearest, version
 from models.user_ops import load_ops
+
+DEAD_WORKER = "DataLoader worker"  # how torch's error about one begins
+LESS_MEMORY = "was memory short? fewer --workers would be right; --resume goes on after the last finished epoch"
 
 
 def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -34,6 +37,11 @@ def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., in
             if _is_first() or torch.distributed.is_initialized():
                 print(*told(problem), sep="\n", file=sys.stderr)
             return 2
+        except RuntimeError as problem:
+            if not str(problem).startswith(DEAD_WORKER):  # or torch's own error, which may come at any moment
+                raise
+            print(f"{problem}".splitlines()[0], LESS_MEMORY, sep="; ", file=sys.stderr)
+            return 2
         except KeyboardInterrupt as stop:
             if _is_first():
                 print(str(stop) or "interrupted", file=sys.stderr)
@@ -45,11 +53,14 @@ def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., in
 
 
 def told(problem: Fault | OSError) -> list[str]:
-    """The lines in which a Fault or an OSError is shown."""
-    if isinstance(problem, Fault):
-        return list(problem.lines)
-    named = problem.filename is not None and problem.strerror
-    return [f"{problem.filename}: {problem.strerror}" if named else str(problem)]
+    """The lines in which a Fault or an OSError is shown.
+
+    Names of files and classes are strangers' text: what would move a terminal's cursor, or begin another line, is a ?.
+    """
+    named = isinstance(problem, OSError) and problem.filename is not None and problem.strerror
+    line = f"{problem.filename}: {problem.strerror}" if named else str(problem)  # type: ignore[union-attr]
+    lines = problem.lines if isinstance(problem, Fault) else (line,)
+    return ["".join(letter if letter.isprintable() else "?" for letter in line) for line in lines]
 
 
 def _is_first() -> bool:
@@ -58,8 +69,14 @@ def _is_first() -> bool:
 
 
 def option_parser(description: str | None) -> ArgumentParser:
-    """An argument parser that shows ``description`` as written and takes no abbreviated options; it has ``--ops``."""
+    """An argument parser that shows ``description`` as written and takes no abbreviated options; it has ``--version``,
+    ``--threads`` and ``--ops``.
+    """
     parser = ArgumentParser(description=description, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="that compute on the CPU; default: OMP_NUM_THREADS, or one a core"
+    )
     parser.add_argument(
         "--ops", action="append", default=[], metavar="PATH", help="Python file with ops of your own; may be repeated"
     )
@@ -82,6 +99,11 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespa
             problems.append(f"{given}: an argument without an option in front of it")
     if problems:
         raise Fault(*problems)
+    if options.threads is not None and options.threads < 1:
+        raise Fault(f"--threads {options.threads}: 1 or more would be right")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    del options.threads
     for file in options.ops:
         load_ops(Path(file))
     del options.ops
@@ -89,15 +111,20 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespa
 
 
 def parse_device(name: str) -> torch.device:
-    """``""`` (the first GPU if there is one), ``cpu``, ``0`` or ``cuda:0``. Raises a Fault for one that is absent."""
+    """``""`` (the first GPU if there is one), ``cpu``, ``0`` or ``cuda:0``, on a Mac ``mps``.
+
+    Raises a Fault for one that is absent.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = name.strip().lower()
+    mps = torch.backends.mps.is_available()
     if name == "":
         return torch.device("cuda:0" if gpus else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
+    if name == "cpu" or (name == "mps" and mps):
+        return torch.device(name)
     number = "0" if name == "cuda" else name.removeprefix("cuda:")
     here = "cpu" if gpus == 0 else f"cpu or 0 to {gpus - 1}" if gpus > 1 else "cpu or 0"
+    here = f"{here} or mps" if mps else here
     if not number.isdecimal():
         raise Fault(f"--device {name!r}: not a device; {here} would be right on this machine")
     if int(number) >= gpus:

@@ -621,7 +621,7 @@ def validate_detector(asked: Asked) -> None:
 
 @door
 def main(argv: Sequence[str] | None = None) -> int:
-    from engine.export import file_to_measure  # which asks this file what sizes there are
+    from engine.export import file_to_measure, is_exported  # which asks this file what sizes there are
     from engine.tasks import (
         check_data,
         check_given,
@@ -632,7 +632,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Measures a trained network on a labelled data set: COCO's twelve numbers, top-1 and top-5, or mIoU; and each "
         "class."
     )
-    parser.add_argument("--weights", required=True, help="a checkpoint (.pt), or what export.py wrote of one (.onnx)")
+    parser.add_argument(
+        "--weights", required=True, help="a checkpoint (.pt), or what export.py wrote of one (.onnx, .xml)"
+    )
     parser.add_argument("--data", required=True, help="the data set's YAML")
     parser.add_argument("--split", "--task", default="val", choices=["train", "val", "test"], help="default: val")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -671,7 +673,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Fault("--half: half precision needs a GPU, and this is a CPU; leave --half out")
 
     network: Any = None
-    if Path(options.weights).suffix == ".onnx":
+    if is_exported(options.weights):
         asked = {"imgsz": options.imgsz, "half": options.half, "rect": options.rect}
         checkpoint, network = file_to_measure(Path(options.weights), device, **asked)
     else:

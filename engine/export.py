@@ -1,13 +1,16 @@
-"""A network as one file that runs without this program: ONNX, or a program of torch.export.
+"""A network as a file that runs without this program: ONNX, OpenVINO, or a program of torch.export.
 
-An ONNX file takes images of any height and width that are multiples of the network's stride, so that detect.py pads
-them as little for it as for a checkpoint, and finds the same.
+An ONNX or OpenVINO file takes images of any height and width that are multiples of the network's stride, so that
+detect.py pads them as little for it as for a checkpoint, and finds the same.
 
 What is written is loaded again, held against the network it was made from, and timed. A file that does not give the
-same is not left behind. To run one needs torch or onnxruntime and nothing else::
+same is not left behind. To run one needs torch, onnxruntime or openvino and nothing else::
 
     boxes, scores = torch.export.load("best.pt2").module()(images)
     boxes, scores = onnxruntime.InferenceSession("best.onnx").run(None, {"images": images})
+    boxes, scores = openvino.compile_model("best.xml")(images).values()
+
+OpenVINO's is two files, ``best.xml`` and the weights ``best.bin`` beside it. It is made of the ONNX file.
 
 That of a classifier gives scores ``[N, C]`` alone, which sum to 1; that of a segmenter scores ``[N, C, H, W]``.
 
@@ -26,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -51,8 +55,12 @@ from models.fuse import fuse
 from models.network import Network
 from models.parse import parse_text
 
-ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
+ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # of the extra `export`
+NEEDED: Mapping[str, tuple[str, ...]] = {"onnx": PACKAGES, "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
+EXTRAS = {"onnx": "export", "openvino": "openvino"}  # that bring these
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch.export"}
+ANY_SIZE = ("onnx", "openvino")  # files that take images of any size
 OPSET = 18  # the version that torch's exporter is written for
 CANDIDATES = 1024  # boxes an image that suppression inside the file looks at
 BATCHES = (1, 3)  # of the check; the file takes any
@@ -62,6 +70,7 @@ LOOKED_AT = (30, 200)  # boxes an image that the check compares, at least and at
 LEAST = 1e-12  # score whose logarithm is compared
 LETTERBOXED = "scaled to fit imgsz and centred on grey 114 / 255"
 MOST_SECONDS = 20.0  # of measuring how long an image takes
+ABOUT = "oneshot_yolo"  # where what travels in an OpenVINO file stands in it
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -167,8 +176,8 @@ def write_file(
 ) -> None:
     """The module as a file of that kind for any number of images like the example; ``about`` travels in it by name.
 
-    An ONNX file gives what the module does under the names `outputs`. With ``stride`` it takes images of any size that
-    is a multiple of it, and the example only says how many channels.
+    An ONNX or OpenVINO file gives what the module does under the names `outputs`. With ``stride`` it takes images of
+    any size that is a multiple of it, and the example only says how many channels.
     """
     assert len(example) > 1, "a batch of 1 would be taken for the only one"
     free: dict[int, Any] = {0: torch.export.Dim("batch")}
@@ -191,7 +200,13 @@ def write_file(
             verbose=False,
         )
         assert onnx_program is not None
-        write_onnx(path, onnx_program.model_proto, about)
+        if kind == "onnx":
+            write_onnx(path, onnx_program.model_proto, about)
+            return
+        with TemporaryDirectory() as folder:
+            between = Path(folder) / "network.onnx"
+            write_onnx(between, onnx_program.model_proto, {})
+            write_openvino(path, between, about)
 
 
 def write_onnx(path: Path, model: Any, about: Mapping[str, str]) -> None:
@@ -210,6 +225,38 @@ def write_onnx(path: Path, model: Any, about: Mapping[str, str]) -> None:
     onnx.save(model, path)
 
 
+def write_openvino(path: Path, onnx_file: Path, about: Mapping[str, str]) -> None:
+    """An ONNX file as OpenVINO's ``path`` and its weights beside it, with the properties ``about`` it."""
+    import openvino
+
+    model = openvino.Core().read_model(onnx_file)
+    for step in model.get_ops():
+        if "stable" in step.get_attributes():  # of boxes that score alike the first one first, as everywhere else
+            step.set_attribute("stable", True)
+    for name, value in about.items():
+        model.set_rt_info(value, [ABOUT, name])
+    openvino.serialize(model, path, path.with_suffix(".bin"))  # in float32, which its `save_model` would halve
+
+
+@contextmanager
+def appearing(out: Path, kind: str) -> Iterator[Path]:
+    """As `atomically`, where a kind of file has its weights in a second one too.
+
+    While the two of OpenVINO take their places there is no ``.xml``, so that none stands beside the weights of another.
+    """
+    if kind != "openvino":
+        with atomically(out) as temporary:
+            yield temporary
+        return
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as folder:
+        temporary = Path(folder) / out.name
+        yield temporary
+        assert temporary.is_file() and temporary.with_suffix(".bin").is_file()
+        out.unlink(missing_ok=True)
+        for ending in (".bin", ".xml"):
+            temporary.with_suffix(ending).replace(out.with_suffix(ending))
+
+
 def read_file(path: Path, kind: str, conf: float | None = None) -> Run:
     """The written file as a function of images. ``conf`` replaces the threshold of its suppression, in memory only."""
     if kind == "torch":
@@ -217,6 +264,9 @@ def read_file(path: Path, kind: str, conf: float | None = None) -> Run:
         if conf is not None:
             dict(module.named_buffers())["conf"].fill_(conf)
         return lambda images: tuple(module(images))
+
+    if kind == "openvino":
+        return _openvino_run(_openvino_model(path, conf))
 
     import onnxruntime
 
@@ -228,16 +278,16 @@ def read_file(path: Path, kind: str, conf: float | None = None) -> Run:
 
 
 @dataclass(frozen=True, eq=False)
-class OnnxFile:
-    """An ONNX file of this program, to be used like the `Network` it was made from.
+class ExportedFile:
+    """An ONNX or OpenVINO file of this program, to be used like the `Network` it was made from.
 
-    ``side`` is that of its square input, or None where it takes any multiple of ``max_stride``; ``suppression`` is what
-    it has done by itself, or None; ``task`` is that of the network's head, ``yaml`` its model file; ``suppresses`` is
-    `Network.suppresses`.
+    ``run`` computes its outputs; ``side`` is that of its square input, or None where it takes any multiple of
+    ``max_stride``; ``suppression`` is what it has done by itself, or None; ``task`` is that of the network's head,
+    ``yaml`` its model file; ``suppresses`` is `Network.suppresses`.
     """
 
     path: Path
-    session: Any
+    run: Run
     names: tuple[str, ...]
     imgsz: int
     max_stride: int
@@ -253,7 +303,7 @@ class OnnxFile:
         Suppressed detections have the score of their class and 0 for all others, so that suppression as before, done
         once more, changes nothing. What is no detector gives scores alone.
         """
-        outputs = [torch.from_numpy(y) for y in self.session.run(None, {"images": images.cpu().contiguous().numpy()})]
+        outputs = self.run(images.cpu().contiguous())
         if len(outputs) == 1:
             return outputs[0]
         if self.suppression is None:
@@ -263,15 +313,44 @@ class OnnxFile:
         return boxes_ND4, scores_NDC.scatter_(2, labels_ND[..., None], scores_ND[..., None])
 
 
-def read_onnx(path: Path, device: torch.device | str = "cpu") -> OnnxFile:
-    """An ONNX file that `write_file` wrote, ready to run. Raises a `Fault` for any other, and without onnxruntime."""
-    if find_spec("onnxruntime") is None:
-        raise Fault(f"{path}: needs onnxruntime; pip install 'oneshot-yolo[export]'")
-    import onnxruntime
+def is_exported(path: str | Path) -> bool:
+    """Whether `read_exported` is who reads a path: ONNX, OpenVINO, or a folder, which may hold the latter."""
+    path = Path(path)
+    return path.suffix in (".onnx", ".xml", ".bin") or path.is_dir()
 
+
+def read_exported(path: Path, device: torch.device | str = "cpu") -> ExportedFile:
+    """A file that `write_file` wrote, ready to run; OpenVINO's also by its folder or the file of its weights.
+
+    Raises a `Fault` for any other, and without the package that runs it.
+    """
+    path = _of_folder(path) if path.is_dir() else path.with_suffix(".xml") if path.suffix == ".bin" else path
+    kind = "onnx" if path.suffix == ".onnx" else "openvino"
+    if find_spec(RUNTIMES[kind]) is None:
+        raise Fault(f"{path}: needs {RUNTIMES[kind]}; pip install 'oneshot-yolo[{EXTRAS[kind]}]'")
     if not path.is_file():
         raise Fault(f"{path}: no such file")
-    wanted = "CPUExecutionProvider" if torch.device(device).type == "cpu" else "CUDAExecutionProvider"
+    run, about, side = (_open_onnx if kind == "onnx" else _open_openvino)(path, torch.device(device))
+    try:
+        names, strides = json.loads(about["names"]), json.loads(about["strides"])
+        inside = json.loads(about["nms"]) if "nms" in about else None
+        suppression = Suppression(inside["conf"], inside["iou"], inside["max_det"]) if inside else None
+        imgsz, stride = int(about["imgsz"]), int(about.get("stride") or max(strides))
+        task, suppresses = about.get("task", "detect"), json.loads(about.get("suppresses", "true"))
+    except (KeyError, ValueError, TypeError):
+        family = "ONNX" if kind == "onnx" else "OpenVINO"
+        raise Fault(f"{path}: does not say which classes it finds; export.py writes {family} files that do") from None
+    text = about.get("yaml", "")
+    return ExportedFile(path, run, tuple(names), imgsz, stride, side, suppression, task, text, bool(suppresses))
+
+
+Opened = tuple[Run, Mapping[str, str], int | None]  # how it computes, what it says of itself, `ExportedFile.side`
+
+
+def _open_onnx(path: Path, device: torch.device) -> Opened:
+    import onnxruntime
+
+    wanted = "CPUExecutionProvider" if device.type == "cpu" else "CUDAExecutionProvider"
     if wanted not in onnxruntime.get_available_providers():
         raise Fault(f"{path}: this onnxruntime does not run on a GPU; --device cpu, or the package onnxruntime-gpu")
     options = onnxruntime.SessionOptions()
@@ -282,19 +361,55 @@ def read_onnx(path: Path, device: torch.device | str = "cpu") -> OnnxFile:
         session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
     except Exception:  # what a damaged file raises is not documented
         raise Fault(f"{path}: not a whole ONNX file; export it again") from None
+    shape = session.get_inputs()[0].shape
+    side = shape[2] if len(shape) == 4 and isinstance(shape[2], int) else None
     about = session.get_modelmeta().custom_metadata_map
+    return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()}))), about, side
+
+
+def _open_openvino(path: Path, device: torch.device) -> Opened:
+    if device.type != "cpu":
+        raise Fault(f"{path}: OpenVINO runs on the CPU here; --device cpu")
+    # asked before OpenVINO: what is no model at all it takes for one of several programs, and says so on stderr
+    if not path.read_bytes().rstrip().endswith(b"</net>"):
+        raise Fault(f"{path}: not a whole OpenVINO file; export it again")
     try:
-        names, strides = json.loads(about["names"]), json.loads(about["strides"])
-        inside = json.loads(about["nms"]) if "nms" in about else None
-        suppression = Suppression(inside["conf"], inside["iou"], inside["max_det"]) if inside else None
-        imgsz, stride = int(about["imgsz"]), int(about.get("stride") or max(strides))
-        side = session.get_inputs()[0].shape[2]
-        task, suppresses = about.get("task", "detect"), json.loads(about.get("suppresses", "true"))
-    except (KeyError, ValueError, TypeError, IndexError):
-        raise Fault(f"{path}: does not say which classes it finds; export.py writes ONNX files that do") from None
-    free = None if isinstance(side, str) else side
-    text = about.get("yaml", "")
-    return OnnxFile(path, session, tuple(names), imgsz, stride, free, suppression, task, text, bool(suppresses))
+        model = _openvino_model(path)
+        run = _openvino_run(model)
+    except RuntimeError:
+        weights = path.with_suffix(".bin")
+        raise Fault(f"{path}: not a whole OpenVINO file with its weights {weights}; export it again") from None
+    about = dict(model.get_rt_info([ABOUT]).value) if model.has_rt_info([ABOUT]) else {}
+    size = model.input(0).partial_shape[2]
+    return run, about, size.get_length() if size.is_static else None
+
+
+def _openvino_model(path: Path, conf: float | None = None) -> Any:
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    if conf is not None:
+        (old,) = (step for step in model.get_ops() if step.get_friendly_name() == "conf")
+        new = openvino.op.Constant(np.array(conf, np.float32))
+        for reader in old.output(0).get_target_inputs():
+            reader.replace_source_output(new.output(0))
+    return model
+
+
+def _openvino_run(model: Any) -> Run:
+    import openvino
+
+    # float32 by name: OpenVINO computes in bfloat16 by itself where a CPU can
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(model, "CPU", config)
+    return lambda images: tuple(map(torch.from_numpy, compiled([images.numpy()]).values()))
+
+
+def _of_folder(folder: Path) -> Path:
+    files = sorted(folder.glob("*.xml"))
+    if len(files) != 1:
+        raise Fault(f"{folder}: a folder with {len(files)} .xml files; name a checkpoint (.pt) or an exported file")
+    return files[0]
 
 
 class FileNetwork(nn.Module):
@@ -303,7 +418,7 @@ class FileNetwork(nn.Module):
     It has no weights: its one parameter says where, and in which precision, it takes images.
     """
 
-    def __init__(self, file: OnnxFile) -> None:
+    def __init__(self, file: ExportedFile) -> None:
         super().__init__()
         self.file, self.num_classes, self.max_stride = file, len(file.names), file.max_stride
         self.suppresses = file.suppresses
@@ -316,10 +431,10 @@ class FileNetwork(nn.Module):
 def file_to_measure(
     path: Path, device: torch.device, *, imgsz: int | None, half: bool, rect: bool
 ) -> tuple[Checkpoint, FileNetwork]:
-    """What val.py needs of an ONNX file, without weights. Raises a `Fault` for one that does not tell all it finds."""
+    """What val.py needs of an exported file, without weights. Raises a `Fault` for one that does not tell all."""
     if half:
         raise Fault(f"{path}: an exported file has the precision it was written with; leave --half out")
-    file = read_onnx(path, device)
+    file = read_exported(path, device)
     if file.suppression:
         raise Fault(f"{path}: suppresses by itself, and leaves out what AP counts; export it again without --nms")
     if file.task == "segment":
@@ -607,7 +722,7 @@ def export(
     about = described(checkpoint, side, network, suppression, shape)
     outputs = OUTPUTS[inside] if task.name == "detect" else SCORES
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomically(out) as temporary:
+    with appearing(out, kind) as temporary:
         exported = Exported(fused, suppression)
         write_file(temporary, kind, exported, images, about, outputs, stride if any_size else None)
         read = cache(partial(read_file, temporary, kind))
@@ -628,21 +743,26 @@ def export(
     yield f"{out}: {shape} -> {', '.join(outputs)}; {parameters}"
     yield parity.line()
     timed = {"torch": network, "torch fused": fused}
-    yield latency_line(timed, run, "onnxruntime" if kind == "onnx" else "torch.export", side, suppression)
+    yield latency_line(timed, run, RUNTIMES[kind], side, suppression)
 
 
 @door
 def main(argv: Sequence[str] | None = None) -> int:
     parser = option_parser("Writes a trained network as a file that runs without this program, and checks it.")
     parser.add_argument("--weights", required=True, help="a checkpoint (.pt) that train.py wrote")
-    parser.add_argument("--format", required=True, choices=list(ENDINGS), help="onnx, or torch for torch.export (.pt2)")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=list(ENDINGS),
+        help="onnx, openvino (.xml and .bin), or torch for torch.export (.pt2)",
+    )
     parser.add_argument("-o", "--out", help="the file to write; default: beside the weights, with the format's ending")
     parser.add_argument("--imgsz", type=int, help="pixels; default: what the network was trained with")
     parser.add_argument("--nms", action="store_true", help="the file suppresses by itself and gives detections")
     parser.add_argument("--conf-thres", type=float, default=0.25, help="NMS: scores above this count")
     parser.add_argument("--iou-thres", type=float, default=0.45, help="NMS: boxes that overlap more are one object")
     parser.add_argument("--max-det", type=int, default=300, help="NMS: detections an image at most")
-    parser.add_argument("--static", action="store_true", help="ONNX: squares of --imgsz only, not any size")
+    parser.add_argument("--static", action="store_true", help="not torch: squares of --imgsz only, not any size")
     parser.add_argument("--source", help="images for the check, a folder or a glob in quotes; default: drawn ones")
     options = parse_options(parser, argv)
     check_thresholds(options.conf_thres, options.iou_thres, options.max_det)
@@ -650,9 +770,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(options.out) if options.out else weights.with_suffix(ending)
     if out.suffix != ending:
         raise Fault(f"-o {out}: a file of --format {options.format} ends in {ending}: {out.with_suffix(ending)}")
-    absent = [package for package in PACKAGES if options.format == "onnx" and find_spec(package) is None]
+    absent = [package for package in NEEDED[options.format] if find_spec(package) is None]
     if absent:
-        raise Fault(f"--format onnx needs {', '.join(absent)}, not installed here: pip install -e '.[export]'")
+        extra = EXTRAS[options.format]
+        raise Fault(
+            f"--format {options.format} needs {', '.join(absent)}, not installed here: pip install -e '.[{extra}]'"
+        )
     asked = Suppression(options.conf_thres, options.iou_thres, options.max_det)
     checkpoint = load_checkpoint(weights)
     check_given(task_of(checkpoint.spec), options, parser)
@@ -664,7 +787,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked=asked,
         inside=options.nms,
         source=options.source,
-        any_size=options.format == "onnx" and not options.static,
+        any_size=options.format in ANY_SIZE and not options.static,
     ):
         print(line)
     return 0

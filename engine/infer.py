@@ -26,7 +26,7 @@ from engine.classify import ranking
 from engine.doors import door, option_parser, parse_device, parse_options, told
 from engine.draw import draw_detections, draw_label_map, draw_ranking
 from engine.evaluate import check_imgsz, check_thresholds, timed, times_line, to_original
-from engine.export import OnnxFile, Suppression, read_onnx
+from engine.export import ExportedFile, Suppression, is_exported, read_exported
 from engine.nms import nms
 from engine.overlap import ahead, behind
 from engine.results import DOCUMENT, FORMS, LABELS, TABLE, Wanted, check_windows, found_table, write_results
@@ -143,7 +143,7 @@ class Model:
     classifier's image the middle fills a square of ``imgsz``.
     """
 
-    network: Network | OnnxFile
+    network: Network | ExportedFile
     names: tuple[str, ...]
     imgsz: int
     device: torch.device = torch.device("cpu")
@@ -286,14 +286,14 @@ def load(
     half: bool = False,
     rect: bool = True,
 ) -> Model:
-    """The network in a checkpoint (.pt), or the detector in a file that export.py wrote (.onnx).
+    """The network in a checkpoint (.pt), or in a file that export.py wrote (.onnx, .xml).
 
     ``imgsz`` is the one it was trained with unless given. ``half`` computes in float16, on a GPU. ``rect`` off pads
     images to squares. Raises a Fault.
     """
     device, path = torch.device(device), Path(weights)
-    if path.suffix == ".onnx":
-        file = read_onnx(path, device)
+    if is_exported(path):
+        file = read_exported(path, device)
         if half:
             raise Fault(f"{path}: an exported file has the precision it was written with; leave --half out")
         if file.side and imgsz not in (None, file.side):
@@ -301,7 +301,7 @@ def load(
         side = check_imgsz(imgsz or file.imgsz, file.max_stride)
         return Model(file, file.names, side, device, rect=rect and file.side is None, task=file.task)
     if path.suffix == ".pt2":
-        raise Fault(f"{path}: a program of torch.export; give the checkpoint (.pt), or export it as .onnx")
+        raise Fault(f"{path}: a program of torch.export; give the checkpoint (.pt), or export it as .onnx or .xml")
     if half and device.type == "cpu":
         raise Fault("--half: half precision needs a GPU, and this is a CPU; leave --half out")
     checkpoint = load_checkpoint(path)
@@ -325,7 +325,7 @@ def asked_of(
     model: Model, conf: float | None, iou: float | None, max_det: int | None, *, agnostic: bool = False
 ) -> Suppression:
     """The thresholds to go by, given or usual; a Fault where a file that suppresses by itself has left out more."""
-    inside = model.network.suppression if isinstance(model.network, OnnxFile) else None
+    inside = model.network.suppression if isinstance(model.network, ExportedFile) else None
     own = inside or USUAL
     asked = Suppression(
         own.conf if conf is None else conf, own.iou if iou is None else iou, own.max_det if max_det is None else max_det
@@ -409,16 +409,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Finds objects, or classes of images or of pixels, in images, videos and streams, draws them, and writes them "
         "down."
     )
-    parser.add_argument("--weights", required=True, help="a checkpoint (.pt), or what export.py wrote of one (.onnx)")
+    parser.add_argument(
+        "--weights", required=True, help="a checkpoint (.pt), or what export.py wrote of one (.onnx, .xml)"
+    )
     parser.add_argument(
         "--source", required=True, help="image, video, folder, glob in quotes, .txt list, 0 (camera), rtsp://..., -"
     )
     parser.add_argument("--imgsz", type=int, help="longer side in pixels; default: what the network was trained with")
     parser.add_argument("--square", action="store_true", help="pad images to squares, not to the next multiple of 32")
     parser.add_argument("--batch-size", type=int, default=1, help="images that go through the network together")
-    parser.add_argument("--conf-thres", type=float, help="scores above this count; default .25, or the .onnx file's")
+    parser.add_argument("--conf-thres", type=float, help="scores above this count; default .25, or an exported file's")
     parser.add_argument("--iou-thres", type=float, help="boxes that overlap more are one object; default .45 or its")
-    parser.add_argument("--max-det", type=int, help="detections an image at most; default 300, or the .onnx file's")
+    parser.add_argument("--max-det", type=int, help="detections an image at most; default 300, or an exported file's")
     parser.add_argument("--classes", nargs="+", help="only these classes, by name or number")
     parser.add_argument("--agnostic-nms", action="store_true", help="boxes of different classes may be one object")
     parser.add_argument("--device", default="", help="cpu, 0, cuda:1; default: the first GPU, or the CPU")

@@ -98,9 +98,9 @@ def find_batch_size(network: Network, images: ImageSet, device: torch.device, am
             why = f"{size} do not fit into the memory"
             break
         speeds[size] = size / seconds
-        needed = used_memory(device) - before
-        if 2 * needed > FREE_PART[device.type] * free:
-            why = f"{2 * size} would take over {FREE_PART[device.type]:.0%} of {free / 2**30:.1f} GiB free memory"
+        needed, part = used_memory(device) - before, FREE_PART["cuda" if device.type == "cuda" else "cpu"]
+        if 2 * needed > part * free:
+            why = f"{2 * size} would take over {part:.0%} of {free / 2**30:.1f} GiB free memory"
             break
         if device.type == "cpu" and seconds > SLOW_STEP:
             why = f"a step of {size} takes {seconds:.0f} s"

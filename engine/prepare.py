@@ -20,6 +20,7 @@ from data.readers import Split, read_split
 from data.structures import Fault, Sample, nearest
 from engine.config import RunConfig, TrainConfig, option_name
 from engine.evaluate import ONE_CLASS, as_one_class, check_names
+from engine.segment import ALL_ALIKE, class_weights
 from engine.tasks import check_data
 from models.anchors import best_possible_recall, fit_anchors, needs_anchors, with_anchors
 from models.checkpoint import Checkpoint, load_checkpoint, restore
@@ -100,8 +101,10 @@ def describe(
     """The model to train: of ``--cfg``, else of the checkpoint; with the data set's classes and anchors that fit."""
     if config.cfg is None and start is None:
         raise Fault("--cfg is missing: a model YAML, or --weights with a checkpoint, would be right")
+    if config.cfg_scale and config.cfg is None:
+        raise Fault(f"--scale {config.cfg_scale}: says which size of a model YAML; give that as --cfg, or a number")
     if config.cfg:
-        graph = load_graph(config.cfg, config.dialect, config.trust_ops)
+        graph = load_graph(config.cfg, config.dialect, config.trust_ops, config.cfg_scale)
         spec = graph.spec
         for note in graph.notes:
             say(f"note: {note}")
@@ -194,8 +197,11 @@ def box_sizes(samples: Sequence[Sample], imgsz: int) -> np.ndarray:
     return np.concatenate(scaled)
 
 
-def set_loss(network: Network, config: RunConfig) -> None:
-    """Tells the head's loss what was asked for. Raises a Fault for what this head's loss does not have."""
+def set_loss(network: Network, config: RunConfig, samples: Sequence[Sample] = ()) -> None:
+    """Tells the head's loss what was asked for. Raises a Fault for what this head's loss does not have.
+
+    `samples` are those to learn from: how often a class occurs there says what its pixels count.
+    """
     known = network.head.options
     for name in HEAD_OPTIONS:
         value = getattr(config, name)
@@ -205,6 +211,11 @@ def set_loss(network: Network, config: RunConfig) -> None:
             kind, words = type(network.head).__name__, ", ".join(map(option_name, sorted(known)))
             raise Fault(f"{option_name(name)} {value:g}: the loss of {kind} has no such option; it has {words}")
         known[name] = value
+    if config.class_weights == ALL_ALIKE:
+        return
+    if "class_weights" not in known:
+        raise Fault(f"--class-weights {config.class_weights}: is for the pixels of a segmenter; leave it out")
+    known["class_weights"] = class_weights(samples, network.num_classes)
 
 
 def freeze(network: Network, rows: Sequence[str]) -> tuple[nn.Module, ...]:
@@ -262,3 +273,12 @@ def load_teacher(
 def file_hash(path: Path | None) -> str:
     """A short name for exactly this file's content; empty for none."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path else ""
+
+
+def images_hash(samples: Sequence[Sample]) -> str:
+    """A short name for exactly these images with these labels in this order, wherever they lie."""
+    found = hashlib.sha256()
+    for sample in samples:
+        found.update(f"{sample.path.name} {len(sample.labels)} ".encode())
+        found.update(sample.boxes.tobytes() + sample.labels.tobytes())
+    return found.hexdigest()[:12]

@@ -26,6 +26,7 @@ from engine.plots import WORST_IMAGES, draw_segmentation, most_wrong
 from engine.runs import atomically, new_run, table, write_text
 from models.network import Network
 
+ALL_ALIKE = "none"  # of --class-weights
 GROUPS = 10  # of images, each left out in turn to learn how sure the mean is
 
 
@@ -124,6 +125,24 @@ def _shares(parts_K: np.ndarray, wholes_K: np.ndarray) -> np.ndarray:
 def _mean(values_K: np.ndarray) -> float:
     defined = values_K[~np.isnan(values_K)]
     return float(defined.mean()) if defined.size else math.nan
+
+
+def class_weights(samples: Sequence[Sample], classes: int) -> Tensor:
+    """How much a pixel of each class counts, so that rare classes are learned as well ``[K]``: the median frequency to
+    that of the class (Eigen and Fergus, arXiv 1411.4734).
+
+    The frequency of a class is its share of the pixels of those images that show it. What no image shows counts 1.
+    """
+    own_K, among_K = np.zeros(classes), np.zeros(classes)
+    for sample in samples:
+        assert sample.areas is not None, "a mask knows how many pixels are of each class"
+        own_K += np.bincount(sample.labels, sample.areas, minlength=classes)
+        among_K += np.bincount(sample.labels, minlength=classes) * sample.areas.sum()
+    there = own_K > 0
+    shares = own_K[there] / among_K[there]
+    weights = torch.ones(classes)
+    weights[torch.from_numpy(there)] = torch.from_numpy(np.median(shares) / shares).float()
+    return weights
 
 
 # ---- the class of every pixel

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from data.images import SUFFIXES as IMAGE_SUFFIXES
-from data.images import unreadable
+from data.images import decode_image, unreadable
 from data.structures import Fault
 from engine.overlap import ahead
 from engine.runs import atomically
@@ -258,12 +258,10 @@ def _decoded(data: bytes, shown: str, otherwise: Fault) -> np.ndarray:
     # Some decoders fill the missing part of a JPEG with grey and say nothing. Cameras may write more behind its end.
     if data.startswith(JPEG_START) and JPEG_END not in data[-len(data) // 2 :]:
         raise Fault(f"{shown}: a JPEG that ends too early, its last part is missing; copy it again")
-    image = None
-    with suppress(cv2.error):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    image = decode_image(data, shown)
     if image is None:
         raise otherwise
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def _capture(source: Source) -> Any:

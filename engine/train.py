@@ -31,6 +31,7 @@ from engine.config import (
     add_options,
     read_options,
     reopen,
+    restoring,
     save_config,
     train_config,
 )
@@ -64,6 +65,7 @@ from engine.prepare import (
     describe,
     file_hash,
     freeze,
+    images_hash,
     load_teacher,
     read_data,
     read_labelled,
@@ -136,10 +138,11 @@ def train(
             if line:
                 say(line)
             say(warm_start_line(network, origin))
-        set_loss(network, config)
+        set_loss(network, config, train_split.samples)
         frozen = freeze(network, config.freeze)
         network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        say(f"{spec.name}: {sum(p.numel() for p in network.parameters()):,} parameters, on {world}")
+        weights = sum(p.numel() for p in network.parameters())
+        say(f"{spec.name}: {weights:,} parameters, on {world}, {torch.get_num_threads()} threads")
         if frozen:
             still = sum(p.numel() for p in network.parameters() if not p.requires_grad)
             say(f"--freeze: {len(frozen)} rows with {still:,} of them stay as they are")
@@ -183,7 +186,11 @@ def train(
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
         # A new run gets a folder; a resumed one goes on where its last.pt was written.
-        begun_with = {"images": len(images), "teacher": file_hash(config.teacher)}
+        begun_with = {
+            "images": len(images),
+            "labels": images_hash(train_split.samples),
+            "teacher": file_hash(config.teacher),
+        }
         epoch, best, amp = 0, Best(), ""
         if resumed and folder and state:
             check_data(spec, data)
@@ -191,11 +198,12 @@ def train(
             check_unchanged(state, begun_with, config)
             for note in (*moved(state, world), *extended(state, plan, config)):
                 say(f"note: {note}")
-            network.load_state_dict(state["network"])
-            average.load_state_dict(resumed.state)
-            ema.n_averaged.fill_(state["updates"])
-            optimizer.load_state_dict(state["optimizer"])
-            epoch, best, amp = state["epoch"], Best.restore(state["best"], task.metrics), state["amp"]
+            with restoring(resumed.path):
+                network.load_state_dict(state["network"])
+                average.load_state_dict(resumed.state)
+                ema.n_averaged.fill_(state["updates"])
+                optimizer.load_state_dict(state["optimizer"])
+                epoch, best, amp = state["epoch"], Best.restore(state["best"], task.metrics), state["amp"]
             if world.is_first:
                 tidy(folder, epoch)
                 save_config(folder / "config.yaml", config)
@@ -388,7 +396,8 @@ def reopen_training(config: TrainConfig) -> tuple[TrainConfig, Path, Checkpoint]
     stored, folder, checkpoint = reopen(config, config.resume, "train.py", MOVABLE | MOVABLE_IN_TRAINING)
     state = checkpoint.training
     assert state is not None
-    done, best = state["epoch"], state["best"]["epoch"]
+    with restoring(checkpoint.path):
+        done, best = int(state["epoch"]), int(state["best"]["epoch"])
     if state.get("stopped") and 0 < (PATIENCE if stored.patience is None else stored.patience) <= done - best:
         raise Fault(
             f"{folder}: stopped after epoch {done}, since epoch {best} none was better; "
@@ -405,6 +414,11 @@ def check_unchanged(state: Mapping[str, Any], now: Mapping[str, Any], config: Tr
         raise Fault(
             f"{config.data}: {now['images']} images to train on, but the run began with {state['images']};"
             " give it those, or start anew with --weights"
+        )
+    if state.get("labels", now["labels"]) != now["labels"]:  # of runs before there was such a hash, it is not known
+        raise Fault(
+            f"{config.data}: the images to train on, or their labels, are others ({now['labels']}) than the run began "
+            f"with ({state['labels']}); give it those, or start anew with --weights"
         )
     if state.get("teacher", "") != now["teacher"]:
         raise Fault(
@@ -478,7 +492,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hyp", metavar="PATH", help="YAML of options; those on the command line win over it")
     given = vars(parse_options(parser, argv))
     file = given.pop("hyp")
-    config = train_config({**(read_options(file) if file else {}), **given}, "--")
+    written = read_options(file) if file else {}
+    if str(written.get("trust_ops") or "false").lower() not in ("false", "off", "no", "0"):
+        raise Fault(f"{file}: trust_ops is not for a file to say, which may be a stranger's; --trust-ops says it here")
+    config = train_config({**written, **given}, "--")
     if config.tune:
         from engine.tune import tune
 

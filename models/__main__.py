@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from data.structures import Fault, nearest
+from data.structures import PROGRAM, Fault, nearest, version
 from models import convert, diff, draw, show
 from models.cost import RowCost, network_costs
 from models.efficientnet import NORMALIZATIONS
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}")
     reading = argparse.ArgumentParser(add_help=False)
     reading.add_argument("--dialect", metavar="NAME", help="read the file as this dialect; default: recognised")
     reading.add_argument("--scale", metavar="NAME", help="which of the sizes that a file lists under `scales:`")
@@ -225,10 +226,12 @@ def _names(path: Path) -> tuple[str, ...]:
         content = yaml.safe_load(text)
     except yaml.YAMLError as problem:
         raise Fault(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
+    except RecursionError:
+        raise Fault(f"{path}: not valid YAML: lists in lists in lists") from None
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict) and sorted(names) == list(range(len(names))):
         names = [names[label] for label in range(len(names))]
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or any(isinstance(name, list | dict) for name in names):
         raise Fault(f"{path}: has no list of classes under the key 'names'")
     return tuple(map(str, names))
 

@@ -6,8 +6,11 @@ A file loads with ``weights_only=True`` and survives any rename of our classes, 
 from __future__ import annotations
 
 import difflib
+import errno
+import math
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.structures import Fault
-from models.elastic import ElasticSequential, elastic_leaves
+from models.elastic import Cut, ElasticSequential, elastic_leaves
 from models.network import Network, build
+from models.ops.dense import DenseReader
 from models.parse import dump, parse_text
 from models.spec import ModelSpec
 
 FORMAT = "oneshot-yolo 1"
+CANNOT_WRITE = ("PytorchStreamWriter", "inline_container")  # in torch's own error about a full disk
+LARGEST_IMGSZ = 16_384  # pixels; what a file asks for is made room for
 TRANSFORM = re.compile(r"\.transforms\.\d+$")  # of `models.elastic.ElasticConv2d`
 CONTENT = {"yaml": str, "names": list, "imgsz": int, "state": dict, "training": dict | None, "plain": dict}
 
@@ -65,8 +71,13 @@ def save_checkpoint(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()  # where that is forbidden, it says so better than torch does
         torch.save(content, temporary)
         os.replace(temporary, path)
+    except RuntimeError as problem:
+        if not any(words in str(problem) for words in CANNOT_WRITE):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,12 +87,26 @@ def read_tensors(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         raise Fault(f"{path}: no such checkpoint")
+    check_stored(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # what a truncated or foreign file raises is not documented
         if type(problem).__name__ == "UnpicklingError":
             raise Fault(f"{path}: holds Python objects or is no checkpoint at all; it was not opened") from None
         raise Fault(f"{path}: not a whole checkpoint ({str(problem).partition(chr(10))[0][:120]})") from None
+
+
+def check_stored(path: Path) -> None:
+    """Raises a Fault for a zip file whose parts take more room than it has itself: torch stores them as they are."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as parts:
+            room = sum(part.file_size for part in parts.infolist())
+    except Exception:  # damaged; whoever reads it will tell
+        return
+    if room > path.stat().st_size:
+        raise Fault(f"{path}: would unpack to {room:,} bytes; a checkpoint holds its tensors as they are")
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -93,11 +118,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     for key, kind in CONTENT.items():
         if not isinstance(content.get(key), kind):
             raise Fault(f"{path}: a checkpoint without a usable {key!r}; it is damaged or not of this program")
+    if not all(isinstance(name, str) for name in content["names"]):
+        raise Fault(f"{path}: a checkpoint whose 'names' are not all texts")
+    if not 1 <= content["imgsz"] <= LARGEST_IMGSZ:
+        raise Fault(f"{path}: a checkpoint for images of {content['imgsz']} pixels; 1 to {LARGEST_IMGSZ:,} are right")
     if not all(isinstance(tensor, Tensor) for tensor in content["state"].values()):
         raise Fault(f"{path}: a checkpoint whose 'state' holds other things than tensors")
+    spec = parse_text(content["yaml"], f"{path}[yaml]")
+    if len(content["names"]) not in (0, spec.num_classes):
+        raise Fault(f"{path}: {len(content['names'])} names for {spec.num_classes} classes")
     return Checkpoint(
         path,
-        parse_text(content["yaml"], f"{path}[yaml]"),
+        spec,
         content["yaml"],
         tuple(content["names"]),
         content["imgsz"],
@@ -161,7 +193,8 @@ def warm_start(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[st
 
     A supernet takes the tensors of a plain network: every option of a norm and every candidate block gets a copy, and
     a kernel that is too small goes into the centre of the larger one, with zeros around it, and what leads to smaller
-    kernels is the identity: with any kernel that is not smaller than its own the function stays the plain network's.
+    kernels is the identity; a block that is too narrow inside becomes the first channels of the wider one (`_inside`).
+    With any kernel and width that is not smaller than its own the function stays the plain network's.
     """
     loaded, missing = [], []
     bare = [f"{name}.0." for name, leaf in elastic_leaves(network) if isinstance(leaf, ElasticSequential) and leaf.bare]
@@ -174,10 +207,14 @@ def warm_start(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[st
         if source is None:
             missing.append(name)
             continue
-        if source.shape != tensor.shape and source.shape[:2] == tensor.shape[:2] and source.dim() == tensor.dim() == 4:
+        if source.shape != tensor.shape and source.dim() == tensor.dim() == 4:
             margin = (tensor.shape[-1] - source.shape[-1]) // 2
             if margin > 0:
                 source = F.pad(source, [margin] * 4)
+        if source.shape != tensor.shape:
+            beside = f"{plain.rsplit('.', 3)[0]}.m."  # where the blocks are that a reader of several reads
+            blocks = {key.removeprefix(beside).partition(".")[0] for key in state if key.startswith(beside)}
+            source = _inside(tensor, source, network.get_submodule(name.rpartition(".")[0]), len(blocks))
         if source.shape != tensor.shape:
             missing.append(name)
             continue
@@ -185,3 +222,33 @@ def warm_start(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[st
             tensor.copy_(source)
         loaded.append(name)
     return loaded, missing
+
+
+def _inside(tensor: Tensor, source: Tensor, owner: nn.Module, blocks: int) -> Tensor:
+    """`tensor`, weights of `owner` for blocks that are wide inside, with the `source` of a narrower one in it: as the
+    first channels of each segment. Those do not read the others, which start as they are in `tensor`.
+
+    What reads several blocks side by side was made for as many `blocks`. Where it does not fit in, `source` comes back.
+    """
+    reads, writes = getattr(owner, "reads", None), getattr(owner, "writes", getattr(owner, "cut", None))
+    opens = (isinstance(writes, Cut), isinstance(reads, Cut) or isinstance(owner, DenseReader))
+    fixed = (a != b and not wide for a, b, wide in zip(source.shape, tensor.shape, opens, strict=False))
+    if source.dim() != tensor.dim() or source.shape[2:] != tensor.shape[2:] or any(fixed):
+        return source  # outside of blocks a width is what it is
+    rows, columns = (cut.channels.segments if isinstance(cut, Cut) else 1 for cut in (writes, reads))
+    theirs = columns
+    if isinstance(owner, DenseReader):
+        columns, theirs = owner.parts + max(owner.choice.options), owner.parts + blocks
+    inputs, outputs = math.prod(source.shape[1:2]), len(source)  # a vector has one input
+    if outputs % rows or inputs % theirs:
+        return source
+    cells = math.prod(tensor.shape[2:])
+    new = tensor.clone(memory_format=torch.contiguous_format)
+    ours = new.view(rows, -1, columns, math.prod(tensor.shape[1:2]) // columns, cells)
+    given = source.reshape(rows, -1, theirs, inputs // theirs, cells)
+    if any(small > large for small, large in zip(given.shape, ours.shape, strict=True)):
+        return source
+    _, c_out, _, c_in, _ = given.shape
+    ours[:, :c_out] = 0
+    ours[:, :c_out, :theirs, :c_in] = given
+    return new

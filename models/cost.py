@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.elastic import ElasticActivation, SwitchableNorm
 from models.graph import Graph, Node
 from models.network import Network, build_plain
+from models.ops.masked import low_share
 from models.ops.primitives import ACTIVATIONS
 
 
@@ -29,10 +30,11 @@ class RowCost:
     shape: tuple[int, ...]
 
 
-def network_costs(graph: Graph, imgsz: int, supernet: str | None = None, low: float = 0.0) -> list[RowCost]:
+def network_costs(graph: Graph, imgsz: int, supernet: str | None = None, low: float | None = None) -> list[RowCost]:
     """The cost of every row at ``imgsz x imgsz``, in the order of the rows. A supernet is counted as it is active.
 
-    `low` is the share of masks that is at low resolution: 0 counts the most that a row under a mask can cost.
+    `low` is the share of masks that is at low resolution, None the one that a row under a mask expects: 0 where it
+    names none, which counts the most that it can cost.
     """
     with torch.device("meta"):
         network = Network(graph, supernet).eval()
@@ -51,7 +53,8 @@ def network_costs(graph: Graph, imgsz: int, supernet: str | None = None, low: fl
             shape = tuple(y.shape[1:]) if y is not None else ()
         macs = counter.get_total_flops() // 2
         if "mask" in (node.op.takes or ()):
-            macs = masked_macs(macs, network.layers[node.index], node, imgsz, low)
+            layer = network.layers[node.index]
+            macs = masked_macs(macs, layer, node, imgsz, low_share(layer, low))
         costs.append(RowCost(count, macs, shape))
     return costs
 
@@ -73,10 +76,15 @@ def row_cost(node: Node, picks: dict[str, Any], imgsz: int) -> RowCost:
     with torch.device("meta"):
         module = build_plain(node, picks).eval()
         maps = [torch.empty(1, s.channels, imgsz // s.stride, imgsz // s.stride) for s in node.inputs]
+    params = count_params(module)
+    _skip_uncounted(module)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         y = module(maps if node.op.many else maps[0])
     shape = tuple(y.shape[1:]) if isinstance(y, torch.Tensor) else ()
-    return RowCost(count_params(module), counter.get_total_flops() // 2, shape)
+    macs = counter.get_total_flops() // 2
+    if "mask" in (node.op.takes or ()):
+        macs = masked_macs(macs, module, node, imgsz, low_share(module))
+    return RowCost(params, macs, shape)
 
 
 def _skip_uncounted(network: nn.Module) -> None:

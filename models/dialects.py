@@ -505,7 +505,7 @@ def _row(
         named = dict(zip(positions, args, strict=False)) | named
         ignored = dialect.unread.get(layer.op, ())
         for name in ignored:
-            if name in named:
+            if name in positions[: len(args)]:  # what is given by name is no row of that program
                 del named[name]
                 unread.setdefault((layer.op, name), []).append(index)
         if "number" in ignored and repeats != 1:
@@ -713,7 +713,7 @@ def _which_scale(spec: ModelSpec, extra: Mapping[str, tuple[Any, Where]], asked:
         one = next(iter(scales))
         raise Fault(
             f"{where}: the file has the scales {', '.join(scales)}; say which one: `scale: {one}` in the file, a copy "
-            f"of it that is named so, or --scale {one} of python -m models"
+            f"of it that is named so, or --scale {one}"
         )
     return str(chosen)
 

@@ -29,6 +29,9 @@ from models.spec import Anchors, ModelSpec
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "ema", "state")  # keys under which a file may keep its state dict
 IN_A_ROW = re.compile(r"((?:\D*\.)?)(\d+)\.(.+)")  # the first number in a name is the row's
+# The branches of a RepConv as RepVGG, YOLOv6 and v7 name them; their order there is not ours, and shapes are alike.
+BRANCH = re.compile(r"(?<![^.])rbr_(dense|1x1|identity)\.(?:(0|conv|1|bn)\.)?")
+BRANCHES = {"dense": "conv1.", "1x1": "conv2.", "identity": "bn."}
 COUNTER = "num_batches_tracked"  # of a batch norm with a momentum: nothing depends on it
 SAME_ANCHOR = 1e-3  # relative: half precision keeps that much
 
@@ -48,9 +51,9 @@ def import_weights(
     `models.efficientnet.NORMALIZATIONS`; the first convolution is changed to do it. None is what weights of their kind
     are usually trained with: ``none`` but for EfficientNets and residual networks, and a note says what it is.
 
-    Raises `Fault` where a row finds none of its tensors, where the file has tensors for a row that takes none, where
-    the classes are not as many as `names`, where an EfficientNet or residual network does not fit as a whole, and for
-    a file that is no state dict. Nothing in the file is ever run.
+    Raises `Fault` where a row finds none of its tensors or has its norms folded away, where the file has tensors for a
+    row that takes none, where the classes are not as many as `names`, where an EfficientNet or residual network does
+    not fit as a whole, and for a file that is no state dict. Nothing in the file is ever run.
     """
     state, graph = _state_dict(path), resolve(spec)
     named = _by_name(path, state, graph)
@@ -84,6 +87,12 @@ def import_weights(
         if named and (missing or surplus):
             there = f"has {_shapes(surplus)}" if surplus else "lacks it"
             faults.append(f"{_place(node)}: needs {_shapes(missing) or 'nothing more'}; {path} {there}")
+            continue
+        if _is_folded(pairs, ours, theirs):
+            faults.append(
+                f"{_place(node)}: needs {_shapes(missing)}; {path}: its row {node.index} has {_shapes(surplus)}: norms "
+                "folded into convolutions; the file before that would be right"
+            )
             continue
         if missing:
             notes.append(f"row {node.index} {node.op.name}: not in the file, left at its start: {_shapes(missing)}")
@@ -143,26 +152,54 @@ def _by_row(path: Path, state: Tensors) -> tuple[dict[int, dict[str, Tensor]], l
     for name, tensor in state.items():
         match = found.get(name)
         if match is not None and match[1] == prefixes[0][0]:
-            rows.setdefault(int(match[2]), {})[match[3]] = tensor
+            rows.setdefault(int(match[2]), {})[BRANCH.sub(_branch, match[3])] = tensor
         else:
             other[name] = tensor
+    if 2 * len(other) > len(state):
+        raise Fault(
+            f"{path}: {len(other)} of its {len(state)} tensors belong to no row, as model.0.conv.weight does: "
+            f"{_shapes(other)}; it is not of a program that builds its networks from rows"
+        )
     return rows, [f"in no row {prefixes[0][0]}<number>, not used: {_shapes(other)}"] if other else []
 
 
+def _branch(found: re.Match[str]) -> str:
+    """``rbr_dense.0.`` and ``rbr_dense.conv.`` -> ``conv1.conv.``; ``rbr_identity.`` -> ``bn.``"""
+    part = {None: "", "0": "conv.", "conv": "conv.", "1": "bn.", "bn": "bn."}[found[2]]
+    return BRANCHES[found[1]] + part
+
+
 def _pairs(ours: Tensors, theirs: Tensors, by_order: bool) -> dict[str, str]:
-    """Their name for each of ours that is found: the same, or else, `by_order`, the next of its shape and last name."""
+    """Their name for each of ours that is found: the same, or else, `by_order`, the next of its shape and kind."""
     pairs = {name: name for name, tensor in ours.items() if name in theirs and theirs[name].shape == tensor.shape}
     if not by_order:
         return pairs
     left = [name for name in theirs if name not in pairs]
     for name, tensor in ours.items():
-        kind = name.rpartition(".")[2]
-        fitting = (o for o in left if o.rpartition(".")[2] == kind and theirs[o].shape == tensor.shape)
+        kind = _kind(name, ours)
+        fitting = (o for o in left if _kind(o, theirs) == kind and theirs[o].shape == tensor.shape)
         source = next(fitting, None) if name not in pairs else None
         if source is not None:
             pairs[name] = source
             left.remove(source)
     return pairs
+
+
+def _kind(name: str, tensors: Tensors) -> tuple[str, bool]:
+    """A tensor's last name, and whether it is one of a batch norm."""
+    module, _, last = name.rpartition(".")
+    return last, f"{module}.running_var" in tensors or last == "running_var"
+
+
+def _is_folded(pairs: Mapping[str, str], ours: Tensors, theirs: Tensors) -> bool:
+    """Whether a convolution of theirs has a bias where ours has a norm behind it, which the file lacks."""
+    lacks_norms = any(name.endswith("running_var") for name in ours.keys() - pairs.keys())
+    biased = (
+        f"{source.removesuffix('weight')}bias" in theirs and f"{name.removesuffix('weight')}bias" not in ours
+        for name, source in pairs.items()
+        if theirs[source].dim() == 4
+    )
+    return lacks_norms and any(biased)
 
 
 # ---- what the weights say about the head

@@ -17,6 +17,7 @@ from models.ops.primitives import NORMS, keyed_norms, repeat
 from models.spec import Choice, ModelSpec, settled
 
 SUPERNETS = ("shared", "independent")
+MOST_WEIGHTS = 1_000_000_000  # of a network: 4 GB; the largest file in cfg/ has 290 million
 MOST_CANDIDATES = 12  # whole blocks side by side in one row of an independent supernet
 NO_AUX: Mapping[int, Any] = MappingProxyType({})
 
@@ -36,6 +37,8 @@ class Network(nn.Module):
         assert supernet is None or supernet in SUPERNETS, supernet
         assert norms in NORMS, norms
         self.graph = graph
+        if torch.get_default_device().type != "meta":
+            check_size(graph)
         with keyed_norms(norms):
             self.layers = nn.ModuleList(_build_row(node, supernet) for node in graph.nodes)
         self._last_use = graph.last_use()
@@ -149,6 +152,33 @@ def _judges(layer: nn.Module) -> list[Any]:
     """The modules of a row that have a loss of their own for what the row says besides its output."""
     candidates = layer.candidates if isinstance(layer, IndependentRow) else [layer]
     return [module for module in candidates if hasattr(module, "aux_loss")]
+
+
+def check_size(graph: Graph) -> None:
+    """Raises a Fault for more weights than `MOST_WEIGHTS`, before any is made.
+
+    By channels and kernels as of a plain convolution at first; only what that finds large is counted.
+    """
+
+    def largest(value: Any) -> int:
+        values = value.options if isinstance(value, Choice) else [value]
+        return max((one for one in values if isinstance(one, int)), default=3)
+
+    def guess(node: Node) -> int:
+        kernel = largest(node.arguments.get("kernel", 3))
+        return sum(x.channels for x in node.inputs) * node.output.channels * kernel**2 * largest(node.repeats)
+
+    if sum(map(guess, graph.nodes)) <= MOST_WEIGHTS:
+        return
+    count = 0
+    with torch.device("meta"):
+        for node in graph.nodes:
+            if guess(node) > MOST_WEIGHTS / len(graph.nodes):
+                choices = {choice.name: choice.options[0] for choice in node.choices}
+                count += sum(weight.numel() for weight in build_plain(node, choices).parameters())
+            if count > MOST_WEIGHTS:
+                where = f"{node.layer.where} layer {node.index}"
+                raise Fault(f"{where}: {count:,} weights up to here; a network has at most {MOST_WEIGHTS:,}")
 
 
 def build(spec: ModelSpec, supernet: str | None = None, norms: str = "act") -> Network:

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from data.structures import Fault
+from models.elastic import Channels
 from models.spec import FLOAT, INTEGER, Choice, PerBottleneck, clip, flow
 
 FILLED = ("self", "c_in", "inputs", "number")
@@ -176,7 +177,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 @functools.cache
 def _adapter(init: Callable[..., None], argument: str) -> TypeAdapter[Any]:
     hint = typing.get_type_hints(init, include_extras=True)[argument]
-    plain = [part for part in _parts(hint) if part not in (Choice, PerBottleneck)]
+    plain = [part for part in _parts(hint) if part not in (Choice, PerBottleneck, Channels)]  # none is written so
     return TypeAdapter(
         functools.reduce(operator.or_, plain), config=ConfigDict(strict=True, arbitrary_types_allowed=True)
     )

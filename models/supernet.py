@@ -1,8 +1,8 @@
 """A network that holds every option of every choice, with the architecture parameters that weigh them.
 
 A *decision* is what one vector of architecture parameters decides: in a ``shared`` supernet each choice (kernel, act,
-number of a row), in an ``independent`` one all choices of a row together. A ``merge`` supernet has the weights and
-decisions of a ``shared`` one, and can also run as a mixture of all its subnets at once.
+number, width of a row), in an ``independent`` one all choices of a row together. A ``merge`` supernet has the weights
+and decisions of a ``shared`` one, and can also run as a mixture of all its subnets at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.structures import Fault, Targets
-from models.elastic import Elastic, IndependentRow, WithAux, blended, elastic_leaves, plain_state
+from models.elastic import Elastic, IndependentRow, WithAux, blended, elastic_leaves, plain_state, wide
 from models.graph import Graph, normalize, resolve
 from models.network import Network, build, joint_choice
 from models.spec import Choice, ModelSpec
@@ -106,11 +106,12 @@ class Supernet(nn.Module):
         ``L = L_head(y) + sum_k g_k a_k``, which adds ``a_k`` to ``dL/dg_k``. A loss that only helps a block to learn is
         no price: a search would leave out the block that has it, since an absent one pays nothing.
 
-        The forward is the plain one of the subnet; the other options run after it, without a backward of their own. The
-        weights get no gradient, what lies before the first choice is not differentiated, and no statistics move.
+        The forward is the plain one of the subnet, `wide` where widths are open; the other options run after it,
+        without a backward of their own. The weights get no gradient, what lies before the first choice is not
+        differentiated, and no statistics move.
         """
         self.activate(picks)
-        with _weights_held(self.network), _statistics_held(self.network):
+        with _weights_held(self.network), _statistics_held(self.network), wide(self._leaves):
             with _watched(self._leaves) as seen:
                 value = loss(self.network)
             towards = torch.autograd.grad(value, [_output(y) for _, _, y in seen], materialize_grads=True)

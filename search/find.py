@@ -23,6 +23,7 @@ from data.dataset import ImageSet
 from data.structures import Fault
 from engine.calibrate import calibrate
 from engine.latency import measure_ms
+from engine.prepare import images_hash
 from engine.runs import write_csv, write_text
 from engine.tasks import Task, task_of
 from models.checkpoint import save_checkpoint
@@ -37,7 +38,6 @@ from search.optimise import FOCUS, optimise
 from search.propose import argmax, excess, propose, seeds
 from search.space import Architecture, SearchSpace
 from search.storage import HANDFUL, Limits, Outcome, Queue, Tell, Ticket, finished, gather
-from search.train import images_hash
 from search.tree import losses
 
 PROPOSAL = 12  # purpose of a random stream

@@ -83,8 +83,9 @@ def _or_none(value: float) -> float | None:
 def continued(config: SearchConfig, weights: Path, epochs: int, project: Path, name: str) -> TrainConfig:
     """The training of a subnet with the options that its search had; its YAML is in `weights`."""
     shared = {field: getattr(config, field) for field in RunConfig.model_fields if field in config.model_fields_set}
-    own = {"cfg": None, "weights": weights, "epochs": epochs, "project": project, "name": name, "exist_ok": True}
-    return TrainConfig(**shared | own, noval=True, noplots=True)
+    own = {"cfg": None, "cfg_scale": None, "weights": weights, "epochs": epochs}
+    place = {"project": project, "name": name, "exist_ok": True}
+    return TrainConfig(**shared | own | place, noval=True, noplots=True)
 
 
 def retrain_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -119,6 +119,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
         space = SearchSpace.of(supernet.spec)
         tables = cost_tables(resolve(supernet.spec), config.imgsz)
         say(f"{spec.path}: {space.size:,} subnets from {len(space.choices)} choices, {config.supernet} supernet")
+        say(f"on {world}, {torch.get_num_threads()} threads")
         for metric, table in tables.items():
             least, most = (table.extreme(largest)[0] for largest in (False, True))
             say(f"  {metric}: {format_cost(metric, least)} to {format_cost(metric, most)}")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.dataset import ImageSet
 from data.loader import Batches, batch_at, batches
-from data.structures import Fault, Sample
+from data.structures import Fault
 from engine import config as options
 from engine.distributed import (
     World,
@@ -47,7 +47,7 @@ from engine.optim import (
     set_rates,
     warmup_length,
 )
-from engine.prepare import closing_epochs, file_hash, load_teacher, set_loss
+from engine.prepare import closing_epochs, file_hash, images_hash, load_teacher, set_loss
 from engine.runs import remove_leftovers, write_csv
 from engine.step import (
     CHECKED_STEPS,
@@ -166,7 +166,7 @@ def train_supernet(
     }
     supernet.activate(supernet.picks(fair_options(supernet.decisions, config.seed, 0)))
     with together(world):
-        set_loss(network, config)
+        set_loss(network, config, weight_images.samples)
         teacher, distill = load_teacher(config, network, names, device)
         if config.resume is not None:
             checkpoint = load_checkpoint(last_path)
@@ -175,16 +175,17 @@ def train_supernet(
             check_unchanged(last_path, state, begun_with)
             for note in moved(state, world):
                 say(f"note: {note}")
-            network.load_state_dict(state["network"])
-            average_network.load_state_dict(checkpoint.state)
-            ema.n_averaged.fill_(state["updates"])
-            optimizer.load_state_dict(state["optimizer"])
-            arch_optimizer.load_state_dict(state["arch_optimizer"])
-            with torch.no_grad():
-                for alpha, value in zip(supernet.alphas, state["alphas"], strict=True):
-                    alpha.copy_(value)
-            prices = Prices(**state["prices"])
-            epoch, step, amp, history = state["epoch"], state["step"], state["amp"], state["history"]
+            with options.restoring(last_path):
+                network.load_state_dict(state["network"])
+                average_network.load_state_dict(checkpoint.state)
+                ema.n_averaged.fill_(state["updates"])
+                optimizer.load_state_dict(state["optimizer"])
+                arch_optimizer.load_state_dict(state["arch_optimizer"])
+                with torch.no_grad():
+                    for alpha, value in zip(supernet.alphas, state["alphas"], strict=True):
+                        alpha.copy_(value)
+                prices = Prices(**state["prices"])
+                epoch, step, amp, history = state["epoch"], state["step"], state["amp"], state["history"]
             say(f"{folder}: goes on after epoch {epoch} of {config.epochs}")
         elif world.is_first:
             last_path.unlink(missing_ok=True)  # of the search before, where --exist-ok took its folder
@@ -384,15 +385,6 @@ def costs_hash(tables: Mapping[str, CostTable]) -> str:
         for choices, values in table.rows:
             found.update(repr([(choice.name, choice.options) for choice in choices]).encode())
             found.update(np.ascontiguousarray(values, dtype=np.float64).tobytes())
-    return found.hexdigest()[:12]
-
-
-def images_hash(samples: Sequence[Sample]) -> str:
-    """A short name for exactly these images with these labels in this order, wherever they lie."""
-    found = hashlib.sha256()
-    for sample in samples:
-        found.update(f"{sample.path.name} {len(sample.labels)} ".encode())
-        found.update(sample.boxes.tobytes() + sample.labels.tobytes())
     return found.hexdigest()[:12]
 
 

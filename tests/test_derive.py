@@ -74,6 +74,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "cheap": (3, 5),
     "dilations": ((1, 2, 3), (2,)),
     "repeats": (1, 2),
+    "expansion": (0.25, 0.5),
+    "expand": (2, 3),
 }
 
 

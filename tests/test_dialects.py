@@ -201,6 +201,7 @@ def test_a_conv_has_its_arguments_in_the_order_of_its_program(dialect, args):
         ("yolov5", "SPPF, [32, 5]", (32, 5), {}),
         ("yolov5", "C3, [32, False, 2, 0.25]", (32, False, 2, 0.25), {}),
         ("scaledyolov4", "BottleneckCSP2, [32, False, 2, 0.5]", (32, False, 2), {}),
+        ("scaledyolov4", "BottleneckCSP2, [32, {expansion: 0.5}]", (32,), {"expansion": 0.5}),  # by name it is ours
         ("scaledyolov4", "SPPCSP, [32, False, 1, 0.25, [3, 7]]", (32, 0.25, (3, 7)), {}),
         ("scaledyolov4", "SPPCSP, [32]", (32,), {}),
         ("scaledyolov4", "VoVCSP, [32, True]", (32,), {}),

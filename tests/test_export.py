@@ -28,10 +28,13 @@ from engine.export import (
     Exported,
     Suppression,
     _matched,
+    appearing,
     check_images,
     check_parity,
     interleaved_ms,
+    is_exported,
     main,
+    read_exported,
     read_file,
     write_file,
 )
@@ -65,9 +68,19 @@ KINDS = ["torch", "onnx"]
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    missing = [package for package in export.PACKAGES if find_spec(package) is None]
-    if request.param == "onnx" and missing:
-        pytest.skip(f"{request.node.nodeid}: not installed: {', '.join(missing)} (the extra `export`)")
+    return installed(request)
+
+
+@pytest.fixture(params=[*KINDS, "openvino"])
+def every_kind(request: pytest.FixtureRequest) -> str:
+    return installed(request)
+
+
+def installed(request: pytest.FixtureRequest) -> str:
+    missing = [package for package in export.NEEDED[request.param] if find_spec(package) is None]
+    if missing:
+        extra = export.EXTRAS[request.param]
+        pytest.skip(f"{request.node.nodeid}: not installed: {', '.join(missing)} (the extra `{extra}`)")
     return request.param
 
 
@@ -99,21 +112,23 @@ def outcome(capsys: pytest.CaptureFixture[str], *options: object) -> tuple[int, 
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["plain", "nms"])
-def test_a_file_finds_what_the_network_finds(kind, inside, weights, capsys):
+def test_a_file_finds_what_the_network_finds(every_kind, inside, weights, capsys):
+    kind = every_kind
     options = ["--nms", "--conf-thres", 0.3, "--max-det", 20] if inside else []
     code, said, errors = outcome(capsys, "--weights", weights, "--format", kind, *options)
     out = weights.with_suffix(export.ENDINGS[kind])
-    assert (code, errors) == (0, "") and sorted(weights.parent.iterdir()) == sorted([weights, out])
+    files = [weights, out] + ([out.with_suffix(".bin")] if kind == "openvino" else [])
+    assert (code, errors) == (0, "") and sorted(weights.parent.iterdir()) == sorted(files)
     wrote, parity, latency = said.splitlines()
     gives = "boxes, scores, labels, count" if inside else "boxes, scores"
     kept, all_of = count_params(fuse(a_network())), count_params(a_network())
-    shape = "[batch, 3, height, width], multiples of 8" if kind == "onnx" else "[batch, 3, 64, 64]"
+    shape = "[batch, 3, 64, 64]" if kind == "torch" else "[batch, 3, height, width], multiples of 8"
     assert wrote == f"{out}: {shape} -> {gives}; {kept:,} of {all_of:,} parameters, the rest is folded"
     assert parity.startswith("parity: boxes ") and int(parity.split()[-6]) > 10
     assert latency.startswith("latency: torch ") and "torch fused " in latency
 
     images, network, run = check_images(None, SIZE).repeat(2, 1, 1, 1)[:5], a_network(), read_file(out, kind)
-    any_size = [images[:2, :, :24], images[:1, :, 8:16, :40]] if kind == "onnx" else []
+    any_size = [] if kind == "torch" else [images[:2, :, :24], images[:1, :, 8:16, :40]]
     for given in (images[:1], images[:2], images, *any_size):
         batch = len(given)
         with torch.no_grad():
@@ -130,13 +145,17 @@ def test_a_file_finds_what_the_network_finds(kind, inside, weights, capsys):
             torch.testing.assert_close(found[0][index, :count], wanted.boxes, rtol=0, atol=1e-3)
             torch.testing.assert_close(found[1][index, :count], wanted.scores, rtol=0, atol=1e-5)
             assert found[2][index, :count].tolist() == wanted.labels.tolist()
-    if kind == "onnx":
+    if kind != "torch":
         assert_same_detections(weights, out, capsys)
         if inside:
             assert_what_it_left_out_is_told(out, weights)
+    if kind == "openvino" and not inside:
+        assert_an_openvino_file_is_known_by_its_folder_and_whole(out)
+        assert_same_measured(weights, out, a_data_set(weights.parent / "set"), capsys)
     if kind == "torch" and not inside:
         return  # the other file is looked at from outside
-    about = torch_says(out) if kind == "torch" else onnx_says(out, OUTPUTS[inside])
+    outputs = OUTPUTS[inside]
+    about = torch_says(out) if kind == "torch" else (onnx_says if kind == "onnx" else openvino_says)(out, outputs)
     assert json.loads(about["names"]) == NAMES and about["imgsz"] == "64" and json.loads(about["strides"]) == [4, 8]
     assert count_params(build(parse_text(about["yaml"]))) == all_of
     wanted = {"conf": 0.3, "iou": 0.45, "max_det": 20, "candidates": CANDIDATES}
@@ -198,6 +217,75 @@ def onnx_says(path: Path, outputs: Sequence[str]) -> dict[str, str]:
     assert (batch, channels) == ("batch", 3) and len(set(size)) == 2 and all(isinstance(side, str) for side in size)
     assert [y.name for y in model.graph.output] == list(outputs) and model.opset_import[0].version == export.OPSET
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def openvino_says(path: Path, outputs: Sequence[str]) -> dict[str, str]:
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    assert [sorted(y.names) for y in model.outputs] == [[name] for name in outputs]
+    assert str(model.input("images").partial_shape) == "[?,3,?,?]"
+    return dict(model.get_rt_info([export.ABOUT]).value)
+
+
+def a_data_set(folder: Path) -> Path:
+    """Three pictures with a box each."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for number in range(3):
+        write_image(folder / "images" / f"{number}.png", draw_image(SIZE, np.random.default_rng(number))[0])
+        (folder / "labels" / f"{number}.txt").write_text(f"{number} 0.5 0.5 0.4 0.3\n")
+    (folder / "data.yaml").write_text(f"train: images\nval: images\nnames: [{', '.join(NAMES)}]\n")
+    return folder / "data.yaml"
+
+
+def assert_an_openvino_file_is_known_by_its_folder_and_whole(file: Path) -> None:
+    """Its folder, or the file of its weights, stand for it; a part of it does not."""
+    weights, text = file.with_suffix(".bin"), file.read_bytes()
+    for known in (file.parent, weights):
+        assert read_exported(known).path == file and load(known).names == tuple(NAMES)
+    content = weights.read_bytes()
+    for damage in (weights.unlink, lambda: weights.write_bytes(content[:100])):
+        damage()
+        with pytest.raises(Fault, match="best.xml: not a whole OpenVINO file with its weights .*best.bin; export"):
+            read_exported(file)
+    weights.write_bytes(content)
+    for damaged, told in (
+        (text[:-20], "not a whole OpenVINO file; export it again"),
+        (text.replace(b"oneshot_yolo", b"another_name"), "does not say which classes it finds; export.py writes Open"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(Fault, match=told):
+            read_exported(file)
+    file.write_bytes(text)
+
+
+def test_a_file_of_two_appears_whole(tmp_path):
+    """And the one of before is there until then, but never beside other weights."""
+    out, bin = tmp_path / "a.xml", tmp_path / "a.bin"
+    for content in ("old", "new"):
+        with appearing(out, "openvino") as temporary:
+            temporary.write_text(content)
+            temporary.with_suffix(".bin").write_text(content)
+            assert not out.exists() or out.read_text() == bin.read_text() == "old"
+        assert out.read_text() == bin.read_text() == content
+    with pytest.raises(Fault), appearing(out, "openvino") as temporary:
+        temporary.write_text("half")
+        raise Fault("it is another network")
+    assert out.read_text() == bin.read_text() == "new" and len([*tmp_path.iterdir()]) == 2
+
+
+def test_what_stands_for_an_exported_file(tmp_path, monkeypatch):
+    assert [is_exported(name) for name in ("a.onnx", "a.xml", "a.bin", tmp_path, "a.pt", "a.pt2")] == [True] * 4 + [
+        False
+    ] * 2
+    with pytest.raises(Fault, match="a folder with 0 .xml files; name a checkpoint"):
+        load(tmp_path)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(Fault, match=r"a.xml: needs openvino; pip install 'oneshot-yolo\[openvino\]'"):
+        load(tmp_path / "a.bin")
+    with pytest.raises(Fault, match=r"a.onnx: needs onnxruntime; pip install 'oneshot-yolo\[export\]'"):
+        load(tmp_path / "a.onnx")
 
 
 def test_a_static_file_takes_squares_only(weights, capsys, monkeypatch):
@@ -536,6 +624,10 @@ def test_what_cannot_be_exported_is_told_in_one_line(weights, tmp_path, capsys, 
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
     assert told("--format", "onnx") == (
         "--format onnx needs onnxscript, not installed here: pip install -e '.[export]'"
+    )
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "openvino" else object())
+    assert told("--format", "openvino") == (
+        "--format openvino needs openvino, not installed here: pip install -e '.[openvino]'"
     )
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["best.pt"]
 

@@ -22,6 +22,7 @@ from engine.evaluate import evaluate, in_corner
 from models.checkpoint import load_checkpoint, restore, save_checkpoint
 from models.efficientnet import NORMALIZATIONS, naming_of, rows_of
 from models.foreign import import_weights
+from models.fuse import fuse
 from models.graph import resolve
 from models.network import Network, build
 from models.parse import parse, parse_text
@@ -136,7 +137,68 @@ def test_classes_and_anchors_are_those_of_the_weights(tmp_path):
     assert found.spec.anchors == network.spec.anchors
 
 
+BRANCHED = """\
+nc: 3
+anchors: [[10, 13, 16, 30]]
+backbone:
+  - [-1, 1, Conv, [8, 3, 4]]
+  - [-1, 1, RepConv, [8]]
+  - [-1, 1, RepConv, [12, 3, 2]]
+head:
+  - [2, 1, Detect, [nc, anchors]]
+"""
+
+
+@pytest.mark.parametrize(("conv", "norm"), [("0", "1"), ("conv", "bn")], ids=["yolov7", "yolov6"])
+def test_branches_of_a_repconv_are_found_by_their_published_names(conv, norm, tmp_path):
+    """Theirs begin with the identity's norm, whose shapes are those of the two others."""
+    torch.manual_seed(0)
+    network = build(parse_text(BRANCHED)).eval()
+    scramble(network)
+    state = {}
+    for key, tensor in foreign(network).items():
+        for ours, theirs in {"conv1.": "rbr_dense.", "conv2.": "rbr_1x1."}.items():
+            key = key.replace(f"{ours}conv.", f"{theirs}{conv}.").replace(f"{ours}bn.", f"{theirs}{norm}.")
+        state[key.replace("model.1.bn.", "model.1.rbr_identity.")] = tensor
+    assert {"model.1.rbr_identity.weight", f"model.2.rbr_1x1.{norm}.bias"} <= state.keys()
+    state = dict(sorted(state.items(), key=lambda pair: "identity" not in pair[0]))
+    found, notes = import_weights(saved(tmp_path, state), parse_text(BRANCHED))
+    assert notes == ()
+    assert_same(found, network)
+
+
 # ---- what does not
+
+
+def test_norms_that_are_folded_away_are_told(tmp_path):
+    fused = fuse(a_network())
+    state = foreign(fused)
+    assert "model.0.conv.bias" in state
+    lines = told(saved(tmp_path, state), a_spec())
+    assert lines[0] == (
+        "mine.yaml:4:5 layer 0 [-1, 1, Conv, [8, 3, 2]]: needs bn.weight [8], bn.bias [8], bn.running_mean [8] and 1 "
+        "more; state.pth: its row 0 has conv.bias [8]: norms folded into convolutions; the file before that would be "
+        "right"
+    )
+
+
+def test_a_file_of_a_program_without_rows_is_told(tmp_path):
+    """As YOLOv6 names its tensors."""
+    names = ("backbone.stem.rbr_dense.conv", "backbone.ERBlock_2.0.rbr_1x1.conv", "neck.Rep_p4.conv1.rbr_dense.conv")
+    state = {f"{name}.weight": torch.zeros(8, 3, 3, 3) for name in (*names, "detect.stems.0.block.conv")}
+    assert told(saved(tmp_path, state), a_spec()) == (
+        "state.pth: 3 of its 4 tensors belong to no row, as model.0.conv.weight does: "
+        + ", ".join(f"{name}.weight [8, 3, 3, 3]" for name in names)
+        + "; it is not of a program that builds its networks from rows",
+    )
+
+
+def test_a_repconv_in_one_convolution_is_told(tmp_path):
+    network = build(parse_text(BRANCHED)).eval()
+    state = {key: tensor for key, tensor in foreign(network).items() if not key.startswith("model.1.")}
+    state |= {"model.1.rbr_reparam.weight": torch.zeros(8, 8, 3, 3), "model.1.rbr_reparam.bias": torch.zeros(8)}
+    (line,) = told(saved(tmp_path, state), parse_text(BRANCHED))
+    assert "its row 1 has rbr_reparam.bias [8]: norms folded into convolutions" in line
 
 
 def test_a_part_of_a_row_that_does_not_fit_is_named(tmp_path):

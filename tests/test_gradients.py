@@ -15,7 +15,7 @@ from small import KINDS, SPECS
 from torch import Tensor, nn
 
 from data.structures import Targets
-from models.elastic import ElasticConv2d, IndependentRow, elastic_leaves
+from models.elastic import ElasticConv2d, IndependentRow, elastic_leaves, wide
 from models.graph import resolve
 from models.parse import parse_text
 from models.supernet import Supernet
@@ -63,8 +63,10 @@ def mixture(net: Supernet, gates: Mapping[str, Tensor]) -> Iterator[None]:
         terms = zip(gates[leaf.choice.name], leaf.choice.options, strict=True)
         return sum(gate * leaf.option(option, *inputs) for gate, option in terms if gate or gate.requires_grad)
 
-    hooks = [leaf.register_forward_hook(mixed) for _, leaf in elastic_leaves(net.network)]
-    yield
+    leaves = [leaf for _, leaf in elastic_leaves(net.network)]
+    hooks = [leaf.register_forward_hook(mixed) for leaf in leaves]
+    with wide(leaves):
+        yield
     for hook in hooks:
         hook.remove()
 

@@ -23,7 +23,7 @@ from data.images import read_image
 from data.structures import Fault, Targets
 from engine import infer, sources
 from engine.draw import class_color, draw_detections, grid, write_image
-from engine.export import OnnxFile
+from engine.export import ExportedFile
 from engine.infer import Model, class_labels, load
 from engine.results import cell, folder_name, growing, growing_list
 from engine.sources import (
@@ -130,15 +130,15 @@ def test_half_precision_needs_a_gpu(tmp_path):
 
 
 def test_a_static_file_gets_the_squares_it_takes(monkeypatch):
-    file = OnnxFile(Path("a.onnx"), None, NAMES, 64, 8, side=64, suppression=None)
-    monkeypatch.setattr(infer, "read_onnx", lambda path, device: file)
+    file = ExportedFile(Path("a.onnx"), lambda images: (), NAMES, 64, 8, side=64, suppression=None)
+    monkeypatch.setattr(infer, "read_exported", lambda path, device: file)
     wide = np.zeros((32, 64, 3), np.uint8)
     assert load("a.onnx").prepare([wide])[0].shape == (1, 3, 64, 64)
     with pytest.raises(Fault, match="a.onnx: takes images of 64 px only, not 96; export it with --imgsz 96"):
         load("a.onnx", imgsz=96)
     with pytest.raises(Fault, match="a.onnx: an exported file has the precision it was written with"):
         load("a.onnx", half=True)
-    monkeypatch.setattr(infer, "read_onnx", lambda path, device: replace(file, side=None))
+    monkeypatch.setattr(infer, "read_exported", lambda path, device: replace(file, side=None))
     assert load("a.onnx", imgsz=96).prepare([wide])[0].shape == (1, 3, 48, 96)
     with pytest.raises(Fault, match="--imgsz 100: this network needs a multiple of 8; 96 or 104 would do"):
         load("a.onnx", imgsz=100)

@@ -302,12 +302,12 @@ def test_a_mask_is_shown_as_one():
         (
             "[[1, 2], 1, Concat, []]",
             "row 2 gives a mask at stride 8, which Concat does not take; a mask is for SelLoss, MaskedDownsample, "
-            "SelConv, SelStage",
+            "SelConv, SelStage, SelCSP",
         ),
         (
             "[2, 1, Conv, [8]]",
             "row 2 gives a mask at stride 8, which Conv does not take; a mask is for SelLoss, MaskedDownsample, "
-            "SelConv, SelStage",
+            "SelConv, SelStage, SelCSP",
         ),
         (
             "[[1, 0], 1, SelConv, [8]]",

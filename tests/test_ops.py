@@ -183,14 +183,18 @@ EXAMPLES = {
         "[[0, 1], 1, SelConv, [12]]",
         "[[0, 1], 1, SelConv, [8, 5, {pool: max, groups: 4}]]",
         "[[0, 1], 1, SelConv, [8, 3, transition]]",
+        "[[0, 1], 1, SelConv, [12, 3, {resolution: low, pool: max}]]",
     ],
     "SelStage": [
         "[[0, 1], 1, SelStage, [12]]",
         "[[0, 1], 2, SelStage, [16, {block: bottleneck, pool: avg}]]",
         "[[0, 1], 2, SelStage, [16, {dilation: 4, pool: keep}]]",
+        "[[0, 1], 2, SelStage, [16, {resolution: low, expected: 0.5}]]",
     ],
+    "SelCSP": ["[[0, 1], 2, SelCSP, [12, False, 2]]", "[[0, 1], 1, SelCSP, [16, {resolution: low}]]"],
     "SelLoss": ["[[0, 1], 1, SelLoss, []]", "[[0, 1], 1, SelLoss, [0.5, {target: 0.3, ramp: 100}]]"],
     "SegHead": ["[-1, 1, SegHead, [nc]]"],
+    "AuxSegHead": ["[-1, 1, AuxSegHead, [nc]]", "[-1, 1, AuxSegHead, [nc, 0.2, {dropout: 0.0}]]"],
     "SSDHead": ["[[0, 1], 1, SSDHead, [nc]]", "[[0, 1], 1, SSDHead, [nc, anchors, {match: 0.4}]]"],
 }
 HEADS = {  # what a head gives for the images before rows and columns, and for a cell; None: classes of an image
@@ -230,6 +234,7 @@ OPTIONS = {
     "act": ("relu", "leaky", "mish"),
     "concat_act": ("relu", "leaky", "mish"),
     "dilations": ((1, 2), (1, 3, 2)),
+    "resolution": ("low", "high", "mask"),
     "number": (1, 2),
     "repeats": (1, 2),
 }
@@ -244,16 +249,16 @@ def spec_with(row: str) -> ModelSpec:
 def opened(row: str) -> ModelSpec | None:
     """The same with everything left open that the op may leave open; None where that is nothing.
 
-    An independent supernet holds 12 blocks a row, so a row that names its `concat_act` or `dilations` has that open
-    instead of `act`.
+    An independent supernet holds 12 blocks a row, so a row that names its `concat_act`, `dilations` or `resolution` has
+    that open instead of `act`.
     """
     spec = spec_with(row)
     node = resolve(spec).nodes[ROW]
     given = dict(node.op.signature.bind(*node.layer.args, **node.layer.kwargs).arguments)
-    instead = {"concat_act", "dilations"}
+    instead = {"concat_act", "dilations", "resolution"}
     closed = {"act"} if instead & given.keys() else instead
     for name in node.op.signature.parameters:
-        if node.op.may_choose(name) and name not in closed:
+        if node.op.may_choose(name) and name in OPTIONS and name not in closed:  # widths: test_width.py
             given[name] = Choice(f"{ROW}.{name}", OPTIONS[name])
     if "kernel" in given:
         given.pop("padding", None)
@@ -276,6 +281,13 @@ def scramble(module: nn.Module) -> None:
                 tensor.uniform_(0.5, 1.5)
             for tensor in (norm.bias.data, norm.running_mean):
                 tensor.normal_(0, 0.3)
+
+
+def half_low(network: Network, images: Tensor) -> None:
+    """Moves the logits of a predictor that never learned, so that half of its patches are low and half are high."""
+    with torch.no_grad():
+        _, aux = network.run(range(ROW), {-1: images})
+        network.layers[1].logits[-1].bias[1] -= (aux[1][:, 1] - aux[1][:, 0]).median()
 
 
 def outputs(network: Network, images: Tensor) -> list[Tensor]:
@@ -321,6 +333,8 @@ def test_every_option_is_the_plain_op_with_the_same_weights(row, supernet):
     net = Supernet(spec, supernet).eval()
     scramble(net)
     images = torch.rand(2, 3, 32, 32)
+    if row in UNDER_MASK:
+        half_low(net.network, images)
     seen = []
     for picks in combinations(net.spec.choices):
         net.activate(picks)

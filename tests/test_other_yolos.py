@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from data.config import DataSpec
 from data.structures import Fault
+from engine.config import TrainConfig, checked, train_config
+from engine.prepare import describe
 from models.convert import convert
 from models.dialects import DIALECTS, REFUSED
-from models.graph import resolve
+from models.graph import load_graph, resolve
 from models.parse import parse, parse_text
 from models.spec import ModelSpec, Scaling, flow
+from search.config import SearchConfig
 
 SCALES = "scales:\n  n: [0.5, 0.25, 1024]\n  m: [0.5, 1.0, 48]\n  l: [1.0, 1.0, 48]\n"
 
@@ -60,7 +64,7 @@ def test_a_scale_is_asked_for_or_stands_in_the_file_or_its_name(tmp_path: Path):
 def test_a_scale_that_is_not_known_is_told(tmp_path: Path):
     assert told(text()) == (
         "x.yaml:2:1: the file has the scales n, m, l; say which one: `scale: n` in the file, a copy of it that is "
-        "named so, or --scale n of python -m models"
+        "named so, or --scale n"
     )
     assert told(text(), scale="q") == "--scale q is none of this file's scales: n, m, l"
     assert told(f"scale: q\n{text()}") == "x.yaml:1:1: scale q is none of this file's scales: n, m, l"
@@ -72,6 +76,43 @@ def test_a_scale_that_is_not_known_is_told(tmp_path: Path):
     (tmp_path / "yolov8.yaml").write_text(text())
     with pytest.raises(Fault, match=r"yolov8s\.yaml: no such model file; .*yolov8\.yaml with --scale s\?"):
         parse(tmp_path / "yolov8s.yaml")
+
+
+@pytest.mark.parametrize("model", [TrainConfig, SearchConfig])
+def test_a_run_takes_a_scale_by_its_name_and_an_augmentation_by_its_number(model, tmp_path: Path):
+    (tmp_path / "yolov8.yaml").write_text(text())
+    (tmp_path / "yolov8m.yaml").write_text(text())
+    data = DataSpec(tmp_path / "data.yaml", tuple("abcde"), "yolo", tmp_path)
+
+    def described(name: str, **given: str) -> ModelSpec:
+        config = checked(model, {"cfg": tmp_path / name, **given}, "--")
+        assert config.scale == float(given["scale"] if given.get("scale", "s").startswith("0") else 0.5)
+        return describe(config, data, None, [], lambda line: None)
+
+    for name, given, scale in (
+        ("yolov8.yaml", {"scale": "n"}, "n"),
+        ("yolov8.yaml", {"cfg_scale": "l", "scale": "0.3"}, "l"),
+        ("yolov8m.yaml", {"scale": "0.2"}, "m"),
+        ("yolov8m.yaml", {"scale": "n"}, "n"),
+    ):
+        assert described(name, **given) == load_graph(tmp_path / name, scale=scale).spec
+    widths = {described("yolov8.yaml", scale=scale).layers[0].args[0] for scale in "nl"}
+    assert widths == {8, 32}
+    for given, line in (
+        ({"scale": "q"}, "--scale q is none of this file's scales: n, m, l"),
+        ({}, f"{tmp_path}/yolov8.yaml:2:1: the file has the scales n, m, l; say which one: `scale: n` in the file, "),
+        ({"scale": "1.5"}, "--scale: input should be less than or equal to 0.9, got '1.5'"),
+        ({"scale": "nan"}, "--scale: input should be a finite number, got 'nan'"),
+    ):
+        with pytest.raises(Fault) as fault:
+            described("yolov8.yaml", **given)
+        assert str(fault.value).startswith(line)
+
+
+def test_a_scale_without_a_file_is_told(tmp_path: Path):
+    config = train_config({"weights": "a.pt", "scale": "s"})
+    with pytest.raises(Fault, match="--scale s: says which size of a model YAML; give that as --cfg, or a number"):
+        describe(config, DataSpec(tmp_path, ("a",), "yolo", tmp_path), object(), [], lambda line: None)
 
 
 def test_scales_are_a_key_of_ultralytics_alone():

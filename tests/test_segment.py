@@ -25,7 +25,7 @@ from data.augment import letterbox_of
 from data.config import read_data_spec
 from data.images import read_image
 from data.masks import read_ids
-from data.structures import VOID, Fault, LabelMap, Targets
+from data.structures import VOID, Fault, LabelMap, Sample, Targets
 from engine.config import TrainConfig, train_config
 from engine.draw import class_color, draw_label_map, grid, wide_places
 from engine.evaluate import main as val
@@ -34,7 +34,7 @@ from engine.infer import main as detect
 from engine.measure import repeated
 from engine.plots import most_wrong
 from engine.runs import read_csv
-from engine.segment import SegMetrics, confusion_of, ious, label_map, miou_error, seg_metrics
+from engine.segment import SegMetrics, class_weights, confusion_of, ious, label_map, miou_error, seg_metrics
 from engine.step import scaled
 from engine.tasks import SEGMENT, check_data, check_options, task_of
 from engine.train import main as train_door
@@ -166,6 +166,54 @@ def test_a_batch_of_nothing_but_void_has_no_loss_and_moves_nothing() -> None:
     loss, _ = head_of().loss([y], targets_of(torch.full((2, 8, 6), VOID)))
     (gradient,) = torch.autograd.grad(loss, y)
     assert float(loss.detach()) == 0 and not gradient.any()
+
+
+def test_a_pixel_counts_by_the_weight_of_its_class() -> None:
+    torch.manual_seed(0)
+    weights = torch.tensor([1.0, 5.0, 0.5])
+    head, y = head_of(class_weights=weights), torch.randn(2, 3, 4, 3)
+    masks = torch.randint(0, 3, (2, 8, 6))
+    masks[0, :3] = VOID
+    loss, _ = head.loss([y], targets_of(masks))
+    wanted = F.cross_entropy(F.interpolate(y, (8, 6), mode="bilinear"), masks, weights, ignore_index=VOID)
+    torch.testing.assert_close(loss, wanted)  # torch's own mean is the weighted one
+    assert float(head.loss([y], targets_of(torch.full((2, 8, 6), VOID)))[0]) == 0
+
+
+def test_weights_of_classes_are_the_median_frequency_to_their_own() -> None:
+    """Class 0 fills half of both images, 1 half of the first one, 2 an eighth of the second; nothing shows class 3."""
+
+    def sample(labels: list[int], areas: list[float]) -> Sample:
+        boxes = np.zeros((len(labels), 4), np.float32)
+        return Sample(Path("a.png"), boxes, np.array(labels, np.int64), areas=np.array(areas))
+
+    samples = [sample([0, 1], [40.0, 40.0]), sample([0, 2], [35.0, 5.0])]
+    shares = torch.tensor([75 / 120, 40 / 80, 5 / 40])
+    torch.testing.assert_close(class_weights(samples, 4), torch.tensor([*(0.5 / shares).tolist(), 1.0]))
+
+
+def test_a_second_head_is_there_in_training_only() -> None:
+    """With it the network has as many parameters as torchvision's, and a loss that reaches what lies before it."""
+    text = (ROOT / "cfg/models/resnet50-deeplab.yaml").read_text()
+    row = "dilation: 2}]]  # 4: stride 8 in place of 16\n"
+    with_it = text.replace(row, f"{row}  - [-1, 1, AuxSegHead, [nc]]\n")
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(parse_text(with_it)).parameters()) == 42_004_074
+    torch.manual_seed(0)
+    small = MODEL.replace("head:\n", "  - [-1, 1, AuxSegHead, [nc, 0.4, {dropout: 0.0}]]\nhead:\n")
+    network, images = build(parse_text(small)), torch.rand(2, 3, 16, 24)
+    targets = targets_of(torch.randint(0, 3, (2, 16, 24)))
+    outputs, aux = network.train()(images)
+    loss, parts = network.loss_from(outputs, targets, aux)
+    wanted = F.cross_entropy(F.interpolate(aux[2], scale_factor=4.0, mode="bilinear"), targets.masks.long())  # type: ignore[union-attr]
+    torch.testing.assert_close(parts["aux"], 0.4 * wanted.detach())
+    torch.testing.assert_close(loss.detach(), parts["seg"] + parts["aux"])
+    parts_of = dict(network.layers[2].named_parameters())
+    assert set(parts_of) == {f"classifier.{name}" for name in ("0.weight", "1.weight", "1.bias", "4.weight", "4.bias")}
+    network.layers[2].aux_loss(aux[2], targets).backward()
+    assert network.layers[0].conv.weight.grad.any()
+    _, aux = network.eval()(images)
+    assert aux == {}
 
 
 def test_the_head_reads_one_map() -> None:
@@ -377,7 +425,7 @@ def test_options_that_mean_nothing_are_refused_by_each_door(
     for option, (door, *words) in told_of.items():
         assert told(door, *words) == f"{option}: means nothing to a segmenter; leave it out\n"
     wrong = told(train_door, "--cfg", model, "--data", data, "--box", 2, "--epochs", 1)
-    assert wrong == "--box 2: the loss of SegHead has no such option; it has --label-smoothing\n"
+    assert wrong == "--box 2: the loss of SegHead has no such option; it has --class-weights, --label-smoothing\n"
     wrong = told(train_door, "--cfg", model, "--data", data, "--single-cls")
     assert wrong == f"--single-cls: {data} has nothing but the classes of pixels; leave it out\n"
     assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from data.readers.labels import (
     DIFFICULT,
     IMAGE_TWICE,
     MISSING_IMAGE,
+    MOST_BOXES,
     OTHER_SIZE,
     TRAINED,
     UNKNOWN_CLASS,
@@ -30,6 +31,8 @@ from data.readers.labels import (
     Labels,
     Problem,
     labels_of,
+    quoted,
+    too_many,
 )
 from data.readers.listing import list_images
 from data.structures import Fault, nearest
@@ -259,7 +262,7 @@ def _classes(
 
 def _wrong_image(image: Any, entries: dict[int | str, Entry]) -> tuple[Kind, str] | None:
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or not _is_id(image.get("id")):
-        return MISSING_IMAGE, f'an image is {_short(image)}; as {{"id": 1, "file_name": "1.jpg"}} is right'
+        return MISSING_IMAGE, f'an image is {quoted(image)}; as {{"id": 1, "file_name": "1.jpg"}} is right'
     if image["id"] in entries:
         first = entries[image["id"]].file_name
         return IMAGE_TWICE, f"image {image['file_name']!r} has the id {image['id']} of {first!r}; give it its own"
@@ -272,17 +275,17 @@ def _wrong_annotation(
     if not isinstance(annotation, dict):
         return (
             WRONG_LINE,
-            f"an annotation is {_short(annotation)}; a mapping with image_id, category_id and bbox is right",
+            f"an annotation is {quoted(annotation)}; a mapping with image_id, category_id and bbox is right",
         )
     named = f"annotation {annotation.get('id', '')}".strip()
     image, category = annotation.get("image_id"), annotation.get("category_id")
     if not _is_id(image) or image not in entries:
-        return UNKNOWN_IMAGE, f"{named}: there is no image with the id {_short(image)}"
+        return UNKNOWN_IMAGE, f"{named}: there is no image with the id {quoted(image)}"
     if not is_integer(category) or (category not in classes and category not in left_out):
-        return UNKNOWN_CLASS, f"{named}: there is no category with the id {_short(category)}"
+        return UNKNOWN_CLASS, f"{named}: there is no category with the id {quoted(category)}"
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return WRONG_LINE, f"{named}: bbox is {_short(box)}; four numbers x, y, width, height in pixels are right"
+        return WRONG_LINE, f"{named}: bbox is {quoted(box)}; four numbers x, y, width, height in pixels are right"
     if box[2] < 0 or box[3] < 0:
         return WRONG_LINE, f"{named}: bbox is {box}; width and height of 0 or more are right"
     return None
@@ -296,11 +299,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def read_labels(document: Document, entry: Entry, size: tuple[int, int]) -> Labels:
     """The annotations of an image: boxes in pixels, not yet clipped."""
     boxes: list[list[float]] = []
@@ -308,6 +306,8 @@ def read_labels(document: Document, entry: Entry, size: tuple[int, int]) -> Labe
     uses: list[int] = []
     areas: list[float] = []
     numbers: list[int] = []
+    if len(entry.annotations) > MOST_BOXES:
+        return too_many(document.where("images", entry.number), len(entry.annotations))
     for number, annotation in entry.annotations:
         x, y, width, height = map(float, annotation["bbox"])
         crowd, ignore = annotation.get("iscrowd"), annotation.get("ignore")

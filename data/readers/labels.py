@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from data.structures import MaskFile, Sample
+
+MOST_BOXES = 10_000  # of an image; more take all memory in a loss, and are no labels
+LARGEST_FILE = 8_000_000  # bytes of an image's label file; so many boxes take less
+LONGEST_QUOTE = 60  # letters of a file that a problem repeats
 
 TRAINED, DIFFICULT, CROWD = 0, 1, 2  # what an object is for: training sees only the first
 
@@ -29,6 +34,7 @@ TWICE = Kind("boxes given twice", "box left out")
 UNKNOWN_IMAGE = Kind("labels of an image that is not listed", "label left out")
 CLIPPED = Kind("boxes reaching out of their image", "box clipped", harmless=True)
 LABEL_FILE = Kind("label files that cannot be read", "image left out")
+TOO_MANY = Kind("images with too many boxes", "image left out")
 IMAGE_FILE = Kind("images that cannot be read", "image left out")
 MISSING_IMAGE = Kind("images that are not there", "image left out")
 UNLISTED = Kind("images that the JSON does not list", "image left out")
@@ -52,6 +58,7 @@ KINDS = {
         UNKNOWN_IMAGE,
         CLIPPED,
         LABEL_FILE,
+        TOO_MANY,
         IMAGE_FILE,
         MISSING_IMAGE,
         UNLISTED,
@@ -128,6 +135,17 @@ class Labels:
     image_id: int | None = None
     lost: bool = False
     mask: MaskFile | None = None
+
+
+def quoted(value: object) -> str:
+    """What a file holds, as a problem repeats it: in quotes where it is text, and not all of what is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 3]}..."
+
+
+def too_many(path: str | Path, count: int) -> Labels:
+    """In place of the labels of an image that has more than `MOST_BOXES`."""
+    return no_labels(Problem(TOO_MANY, str(path), f"has {count:,} boxes; {MOST_BOXES:,} at most are right"), lost=True)
 
 
 def labels_of(

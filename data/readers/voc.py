@@ -15,9 +15,12 @@ from pathlib import Path
 from xml.parsers import expat
 
 from data.config import DataSpec
+from data.files import read_bytes
 from data.readers.labels import (
     DIFFICULT,
     LABEL_FILE,
+    LARGEST_FILE,
+    MOST_BOXES,
     TRAINED,
     UNKNOWN_CLASS,
     WRONG_LINE,
@@ -25,11 +28,14 @@ from data.readers.labels import (
     Problem,
     labels_of,
     no_labels,
+    quoted,
+    too_many,
 )
 from data.structures import Fault, nearest
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 SUFFIX = ".xml"
+DEEPEST = 20  # levels of tags; the parts of a VOC object stand on the fifth
 
 
 def label_path(data: DataSpec, image: str) -> str:
@@ -53,6 +59,8 @@ def read_labels(path: Path, size: tuple[int, int], names: Sequence[str]) -> Labe
     objects = _objects(path)
     if isinstance(objects, Problem):
         return no_labels(objects, lost=True)
+    if len(objects) > MOST_BOXES:
+        return too_many(path, len(objects))
     for line, fields in objects:
         problem = _problem(fields, names)
         if problem:
@@ -70,13 +78,13 @@ def _problem(fields: dict[str, str], names: Sequence[str]) -> str | None:
     name = fields.get("name", "")
     if name not in names:
         known = nearest(name, names) or f"; names are {', '.join(names)}"
-        return f"class {name!r} is not among the names of the data YAML{known}"
+        return f"class {quoted(name)} is not among the names of the data YAML{known}"
     try:
         corners = [float(fields[f"bndbox/{corner}"]) for corner in CORNERS]
     except KeyError as missing:
         return f"the object has no {missing.args[0]}; {', '.join(CORNERS)} are right"
     except ValueError:
-        written = ", ".join(f"{corner} {fields[f'bndbox/{corner}']!r}" for corner in CORNERS)
+        written = ", ".join(f"{corner} {quoted(fields[f'bndbox/{corner}'])}" for corner in CORNERS)
         return f"{written}: not four numbers; pixels are right"
     if not all(map(math.isfinite, corners)):
         return f"the box is {corners}; finite pixels are right"
@@ -98,7 +106,9 @@ def _objects(path: Path) -> list[tuple[int, dict[str, str]]] | Problem:
     def start(tag: str, _: dict[str, str]) -> None:
         tags.append(tag)
         text.clear()
-        if tags[1:] == ["object"]:
+        if len(tags) > DEEPEST:
+            raise Fault(f"tags are nested deeper than {DEEPEST} levels")
+        if len(tags) == 2 and tag == "object":
             objects.append((parser.CurrentLineNumber, {}))
 
     def end(_: str) -> None:
@@ -115,10 +125,11 @@ def _objects(path: Path) -> list[tuple[int, dict[str, str]]] | Problem:
     parser.CharacterDataHandler = text.append
     parser.StartDoctypeDeclHandler = doctype
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(read_bytes(path, LARGEST_FILE), True)
     except expat.ExpatError as problem:
         what = f"not well-formed xml: {expat.ErrorString(problem.code)}"
         return Problem(LABEL_FILE, f"{path}:{problem.lineno}", what)
     except Fault as fault:
-        return Problem(LABEL_FILE, f"{path}:{parser.CurrentLineNumber}", str(fault))
+        where = str(path) if str(fault).startswith(f"{path}: ") else f"{path}:{parser.CurrentLineNumber}"
+        return Problem(LABEL_FILE, where, str(fault).removeprefix(f"{path}: "))
     return objects

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.config import DataSpec
+from data.files import read_bytes
 from data.readers.labels import (
     LABEL_FILE,
+    LARGEST_FILE,
+    LONGEST_QUOTE,
+    MOST_BOXES,
     TRAINED,
     UNKNOWN_CLASS,
     WRONG_LINE,
@@ -18,7 +22,10 @@ from data.readers.labels import (
     Problem,
     labels_of,
     no_labels,
+    quoted,
+    too_many,
 )
+from data.structures import Fault
 
 ROUNDING = 1e-3  # files are written with as few as four digits; what is further out of 0..1 is no fraction
 IMAGES, LABELS = f"{os.sep}images{os.sep}", f"{os.sep}labels{os.sep}"
@@ -48,11 +55,16 @@ def read_labels(path: Path, size: tuple[int, int], names: Sequence[str]) -> Labe
     lines: list[int] = []
     problems: list[Problem] = []
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, LARGEST_FILE).decode("utf-8-sig")
+    except Fault as fault:
+        return no_labels(Problem(LABEL_FILE, str(path), str(fault).removeprefix(f"{path}: ")), lost=True)
     except UnicodeDecodeError:
         right = "not a text file; lines of 'class cx cy width height' are right"
         return no_labels(Problem(LABEL_FILE, str(path), right), lost=True)
-    for number, line in enumerate(text.splitlines(), 1):
+    found = text.splitlines()
+    if len(found) > MOST_BOXES:
+        return too_many(path, len(found))
+    for number, line in enumerate(found, 1):
         fields = line.split()
         if not fields:
             continue
@@ -74,11 +86,11 @@ def _problem(fields: list[str], names: Sequence[str]) -> tuple[Kind, str] | None
     try:
         label, *fractions = (float(field) for field in fields)
     except ValueError:
-        return WRONG_LINE, f"{' '.join(fields)!r} are not five numbers; class cx cy width height is right"
+        return WRONG_LINE, f"{quoted(' '.join(fields))} are not five numbers; class cx cy width height is right"
     if not (label.is_integer() and 0 <= label < len(names)):
         right = f"there are {len(names)} names, so 0 to {len(names) - 1} is right"
-        return UNKNOWN_CLASS, f"class {fields[0]} is out of range; {right}"
+        return UNKNOWN_CLASS, f"class {fields[0][:LONGEST_QUOTE]} is out of range; {right}"
     for name, field, value in zip(("cx", "cy", "width", "height"), fields[1:], fractions, strict=True):
         if not (math.isfinite(value) and -ROUNDING <= value <= 1 + ROUNDING):
-            return WRONG_LINE, f"{name} is {field}; a fraction of the image's size, 0 to 1, is right"
+            return WRONG_LINE, f"{name} is {field[:LONGEST_QUOTE]}; a fraction of the image's size, 0 to 1, is right"
     return None

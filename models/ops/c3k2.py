@@ -8,10 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.elastic import Channels
 from models.ops.conv import Conv
 from models.ops.csp import Bottleneck, bottleneck, csp_shape, hidden_channels
 from models.ops.dense import dense, gather
-from models.ops.primitives import DEFAULT, Act, Acts, Count, Fraction, Kernel, Kernels, Width, each, repeat
+from models.ops.primitives import (
+    ALONE,
+    DEFAULT,
+    Act,
+    Acts,
+    Count,
+    Expansion,
+    Inner,
+    Kernel,
+    Kernels,
+    Width,
+    each,
+    repeat,
+    scaled,
+)
 from models.ops.psa import PSABlock, check_heads
 from models.registry import Shape, register_op
 
@@ -21,9 +36,9 @@ DEPTH = 2  # bottlenecks of a C3k
 class C3k(nn.Module):
     """`C3` with two bottlenecks, both of whose kernels are `kernel`. Shape: ``[N, channels, H, W]``, unchanged."""
 
-    def __init__(self, channels: int, shortcut: bool, groups: int, kernel: Kernel, act: Act) -> None:
+    def __init__(self, channels: Inner, shortcut: bool, groups: int, kernel: Kernel, act: Act) -> None:
         super().__init__()
-        hidden = channels // 2
+        hidden = scaled(channels, 0.5)
         self.cv1 = Conv(channels, hidden, 1, act=act)
         self.cv2 = Conv(channels, hidden, 1, act=act)
         self.cv3 = Conv(2 * hidden, channels, 1, act=act)
@@ -61,7 +76,7 @@ class C3k2(nn.Module):
         c_out: Width,
         number: Count = 1,
         c3k: bool = False,
-        expansion: Fraction = 0.5,
+        expansion: Expansion = 0.5,
         attention: bool = False,
         groups: Width = 1,
         shortcut: bool = True,
@@ -71,14 +86,19 @@ class C3k2(nn.Module):
     ) -> None:
         super().__init__()
         first = each(act, 0)
-        hidden = int(c_out * expansion)
+        hidden = scaled(c_out, expansion)
+        if attention and isinstance(hidden, Channels):
+            raise ValueError(f"expansion is a choice {hidden.choice}, so attention must be False{ALONE}")
 
         def block(index: int) -> nn.Module:
             size, a = each(kernel, index), each(act, index)
             if c3k and not attention:
                 return C3k(hidden, shortcut, groups, size, a)
             narrow = Bottleneck(hidden, hidden, shortcut, groups, wide=True, kernel=size, act=a)
-            return nn.Sequential(narrow, PSABlock(hidden, 3, a)) if attention else narrow
+            if not attention:
+                return narrow
+            assert isinstance(hidden, int)
+            return nn.Sequential(narrow, PSABlock(hidden, 3, a))
 
         self.cv1 = Conv(c_in, 2 * hidden, 1, act=first)
         self.cv2 = gather(hidden, c_out, number, first)

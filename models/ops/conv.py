@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.ops.primitives import DEFAULT, EPS, Act, Eps, Kernel, Pad, Same, Step, Width, activation, conv, norm
+from models.elastic import Channels
+from models.ops.primitives import DEFAULT, EPS, Act, Eps, Inner, Kernel, Pad, Same, Step, Width, activation, conv, norm
 from models.registry import Shape, one_to_one, register_op
 
 
@@ -37,12 +38,12 @@ class Conv(nn.Module):
 
     def __init__(
         self,
-        c_in: int,
-        c_out: Width,
+        c_in: Inner,
+        c_out: Width | Channels,
         kernel: Kernel = 1,
         stride: Step = 1,
         padding: Pad | Same | None = None,
-        groups: Width = 1,
+        groups: Width | Channels = 1,
         *,
         act: Act = DEFAULT,
         dilation: Step = 1,

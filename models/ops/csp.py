@@ -6,7 +6,8 @@ since its v4.0: three blocks of convolution, norm and activation, and nothing af
 what every bottleneck gives goes into the last convolution, as in ELAN (arXiv 2211.04800). VoVCSP is the one-shot
 aggregation of VoVNet (arXiv 1904.09730) on half of the channels.
 
-Kernel and activation may differ from bottleneck to bottleneck; the rest of a block has the first one's activation.
+Kernel and activation may differ from bottleneck to bottleneck; the rest of a block has the first one's activation. How
+wide a block is inside, `expansion`, is the same everywhere in it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.elastic import Channels
 from models.ops.conv import Conv
 from models.ops.dense import dense, gather
 from models.ops.primitives import (
@@ -25,7 +27,8 @@ from models.ops.primitives import (
     Act,
     Acts,
     Count,
-    Fraction,
+    Expansion,
+    Inner,
     Kernel,
     Kernels,
     Width,
@@ -34,6 +37,7 @@ from models.ops.primitives import (
     each,
     norm,
     repeat,
+    scaled,
 )
 from models.registry import Shape, one_to_one, register_op
 
@@ -71,18 +75,18 @@ class Bottleneck(nn.Module):
 
     def __init__(
         self,
-        c_in: int,
-        c_out: Width,
+        c_in: Inner,
+        c_out: Width | Channels,
         shortcut: bool = True,
         groups: Width = 1,
-        expansion: Fraction = 0.5,
+        expansion: Expansion = 0.5,
         *,
         wide: bool = False,
         kernel: Kernel = 3,
         act: Act = DEFAULT,
     ) -> None:
         super().__init__()
-        hidden = int(c_out * expansion)
+        hidden = scaled(c_out, expansion)
         self.cv1 = Conv(c_in, hidden, kernel if wide else 1, act=act)
         self.cv2 = Conv(hidden, c_out, kernel, groups=groups, act=act)
         self.add = shortcut and c_in == c_out
@@ -102,7 +106,7 @@ def start_as_nothing(block: nn.Module) -> None:
 
 
 def bottleneck(
-    channels: int, shortcut: bool, groups: int, kernel: Kernels, act: Acts, *, wide: bool = False
+    channels: Inner, shortcut: bool, groups: int, kernel: Kernels, act: Acts, *, wide: bool = False
 ) -> Callable[[int], nn.Module]:
     """Makes the bottleneck of an index, which narrows nothing; each has its own kernel and activation where given."""
     return lambda index: Bottleneck(
@@ -110,7 +114,7 @@ def bottleneck(
     )
 
 
-def bottlenecks(number: Count, channels: int, shortcut: bool, groups: int, kernel: Kernels, act: Acts) -> nn.Module:
+def bottlenecks(number: Count, channels: Inner, shortcut: bool, groups: int, kernel: Kernels, act: Acts) -> nn.Module:
     """`number` bottlenecks in a row."""
     return repeat(number, bottleneck(channels, shortcut, groups, kernel, act))
 
@@ -132,7 +136,7 @@ class BottleneckCSP(nn.Module):
         number: Count = 1,
         shortcut: bool = True,
         groups: Width = 1,
-        expansion: Fraction = 0.5,
+        expansion: Expansion = 0.5,
         *,
         kernel: Kernels = 3,
         act: Acts = DEFAULT,
@@ -140,7 +144,7 @@ class BottleneckCSP(nn.Module):
     ) -> None:
         super().__init__()
         first = each(act, 0)
-        hidden = int(c_out * expansion)
+        hidden = scaled(c_out, expansion)
         after = first if concat_act is None else concat_act
         self.cv1 = Conv(c_in, hidden, 1, act=first)
         self.cv2 = conv(c_in, hidden, 1)
@@ -160,6 +164,8 @@ class BottleneckCSP(nn.Module):
 class BottleneckCSP2(nn.Module):
     """The neck's cross-stage-partial block of ScaledYOLOv4: one 1x1 first, both branches from it, no halving.
 
+    An `expansion` other than 1 is ours: both branches then have that many times `c_out` channels.
+
     Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``
     """
 
@@ -171,17 +177,19 @@ class BottleneckCSP2(nn.Module):
         shortcut: bool = False,
         groups: Width = 1,
         *,
+        expansion: Expansion = 1.0,
         kernel: Kernels = 3,
         act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
         first = each(act, 0)
-        self.cv1 = Conv(c_in, c_out, 1, act=first)
-        self.cv2 = conv(c_out, c_out, 1)
-        self.cv3 = Conv(2 * c_out, c_out, 1, act=first)
-        self.bn = norm(2 * c_out, feeds=first)
+        hidden = scaled(c_out, expansion)
+        self.cv1 = Conv(c_in, hidden, 1, act=first)
+        self.cv2 = conv(hidden, hidden, 1)
+        self.cv3 = Conv(2 * hidden, c_out, 1, act=first)
+        self.bn = norm(2 * hidden, feeds=first)
         self.act = activation(first)
-        self.m = bottlenecks(number, c_out, shortcut, groups, kernel, act)
+        self.m = bottlenecks(number, hidden, shortcut, groups, kernel, act)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cv1(x)
@@ -202,14 +210,14 @@ class C3(nn.Module):
         number: Count = 1,
         shortcut: bool = True,
         groups: Width = 1,
-        expansion: Fraction = 0.5,
+        expansion: Expansion = 0.5,
         *,
         kernel: Kernels = 3,
         act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
         first = each(act, 0)
-        hidden = int(c_out * expansion)
+        hidden = scaled(c_out, expansion)
         self.cv1 = Conv(c_in, hidden, 1, act=first)
         self.cv2 = Conv(c_in, hidden, 1, act=first)
         self.cv3 = Conv(2 * hidden, c_out, 1, act=first)
@@ -234,14 +242,14 @@ class C2f(nn.Module):
         number: Count = 1,
         shortcut: bool = False,
         groups: Width = 1,
-        expansion: Fraction = 0.5,
+        expansion: Expansion = 0.5,
         *,
         kernel: Kernels = 3,
         act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
         first = each(act, 0)
-        hidden = int(c_out * expansion)
+        hidden = scaled(c_out, expansion)
         self.cv1 = Conv(c_in, 2 * hidden, 1, act=first)
         self.cv2 = gather(hidden, c_out, number, first)
         self.m = dense(number, bottleneck(hidden, shortcut, groups, kernel, act, wide=True))
@@ -264,14 +272,14 @@ class C2(nn.Module):
         number: Count = 1,
         shortcut: bool = True,
         groups: Width = 1,
-        expansion: Fraction = 0.5,
+        expansion: Expansion = 0.5,
         *,
         kernel: Kernels = 3,
         act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
         first = each(act, 0)
-        hidden = int(c_out * expansion)
+        hidden = scaled(c_out, expansion)
         self.cv1 = Conv(c_in, 2 * hidden, 1, act=first)
         self.cv2 = Conv(2 * hidden, c_out, 1, act=first)
         self.m = repeat(number, bottleneck(hidden, shortcut, groups, kernel, act, wide=True))

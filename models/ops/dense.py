@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.elastic import SlicedConv2d, with_weights
 from models.ops.conv import Conv
-from models.ops.primitives import Act, Count
+from models.ops.primitives import Act, Count, Inner
 from models.spec import Choice
 
 
@@ -74,15 +75,15 @@ class ElasticDense(nn.Module):
         return Dense(*list(self.children())[: self.active], parts=self.parts)
 
 
-class DenseReader(nn.Conv2d):
+class DenseReader(SlicedConv2d):
     """The 1x1 convolution behind an `ElasticDense` of C channels: its plain form has no weights for what is zero.
 
     Shape: ``[N, (parts + largest number) * C, H, W] -> [N, c_out, H, W]``
     """
 
-    def __init__(self, channels: int, c_out: int, number: Choice, parts: int = 2) -> None:
+    def __init__(self, channels: Inner, c_out: int, number: Choice, parts: int = 2) -> None:
         super().__init__((parts + max(number.options)) * channels, c_out, 1, bias=False)
-        self.choice, self.channels, self.parts = number, channels, parts
+        self.choice, self.parts = number, parts
         self.active = max(number.options)
 
     def option(self, value: Any, x: Tensor) -> Tensor:
@@ -93,11 +94,9 @@ class DenseReader(nn.Conv2d):
         return super().forward(x) * gates.sum()
 
     def plain(self) -> nn.Module:
-        inputs = (self.parts + self.active) * self.channels
-        new = nn.Conv2d(inputs, self.out_channels, 1, bias=False, device=self.weight.device, dtype=self.weight.dtype)
-        with torch.no_grad():
-            new.weight.copy_(self.weight[:, :inputs])
-        return new
+        weight, _ = self.in_use()
+        channels = weight.shape[1] // (self.parts + max(self.choice.options))
+        return with_weights(weight[:, : (self.parts + self.active) * channels], None, 1, 1, 1)
 
 
 def dense(number: Count, make: Callable[[int], nn.Module], parts: int = 2) -> nn.Module:
@@ -107,7 +106,7 @@ def dense(number: Count, make: Callable[[int], nn.Module], parts: int = 2) -> nn
     return Dense(*(make(index) for index in range(number)), parts=parts)
 
 
-def gather(channels: int, c_out: int, number: Count, act: Act, parts: int = 2) -> Conv:
+def gather(channels: Inner, c_out: int, number: Count, act: Act, parts: int = 2) -> Conv:
     """The 1x1 `Conv` over all that `dense` gives."""
     most = max(number.options) if isinstance(number, Choice) else number
     new = Conv((parts + most) * channels, c_out, 1, act=act)

@@ -11,11 +11,14 @@ stride d, each value d x d times. The idea is that of Hesse et al. (arXiv 2305.0
 
 Two forms give the same numbers. The *dense* one fills maps as the equations say; training, exported files and small low
 shares use it. The *packed* one (`models.ops.packed`) computes no cell twice.
+
+A row may also take no look at its mask: with ``resolution: high`` it is the dilated convolution everywhere, with
+``resolution: low`` it is the network with stride d, from the same weights. A search chooses among the three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -30,17 +33,22 @@ from models.ops.packed import Packing, Taps, convolved, convolved_map, pack, pac
 from models.ops.primitives import DEFAULT, Act, Count, Eps, Kernel, Step, Width, activation, conv, norm
 from models.ops.resnet import EPS, EXPANSION, Bottleneck, ResStage, dilations, stage_shape
 from models.registry import Shape, one_to_one, register_op
+from models.spec import Choice
 
-# The share of low patches from which on the packed form is faster: bench/masked.py measures it.
+# The share of low patches from which on the packed form is faster: bench/masked.py --threshold measures it.
 PACKED_FROM = 0.2
 
 Patch = Annotated[int, Field(ge=2, le=8)]
 Widths = tuple[Width, Width, Width]
 Pool = Literal["pick", "avg", "max", "softmax"]
 Backend = Literal["auto", "dense", "packed"]
+PlainResolution = Literal["mask", "low", "high"]
+Resolution = PlainResolution | Choice
+Wide = Callable[[nn.Module, Tensor], Tensor]  # how a convolution with neighbours is computed
 Share = Annotated[float, Field(gt=0, lt=1)]
 Price = Annotated[float, Field(ge=0)]
 Batches = Annotated[int, Field(ge=0)]
+Expected = Annotated[float, Field(ge=0, le=1)]
 
 
 # ---- masks
@@ -244,7 +252,8 @@ def filled(x: Tensor, mask: Tensor | None, values: Tensor | None = None) -> Tens
     d = -(-x.shape[2] // mask.shape[2])
     low = repeated(mask.to(x.dtype), d, x)
     value = repeated(x[:, :, ::d, ::d] if values is None else values, d, x)
-    return x * (1 - low) + value * low if mask.requires_grad else torch.where(low > 0.5, value, x)
+    # the product also mixes: gates of a search make a mask of anything between 0 and 1
+    return x * (1 - low) + value * low if torch.is_grad_enabled() else torch.where(low > 0.5, value, x)
 
 
 def padded(x: Tensor, d: int) -> Tensor:
@@ -269,7 +278,80 @@ class MaskedDownsample(nn.Module):
         return filled(x, mask, self.pool(x))
 
 
+# ---- by the mask, always low, always high
+
+
+class MaskInForce(nn.Module):
+    """The mask that a row goes by: the one it reads, all low, or all high. Shape: ``[N, 1, h, w]``, unchanged."""
+
+    def __init__(self, resolution: str) -> None:
+        super().__init__()
+        self.active = resolution
+
+    def forward(self, mask: Tensor) -> Tensor:
+        if self.active == "mask":
+            return mask
+        return torch.ones_like(mask) if self.active == "low" else torch.zeros_like(mask)
+
+
+class ElasticMask(MaskInForce):
+    """The same with a choice left open (`models.elastic`). No option has weights of its own: the same ones compute a
+    patch at either resolution. A mixture is a mask of shares between 0 and 1, which mixes both values of a patch.
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(choice.options[0])
+        self.choice = choice
+
+    def option(self, value: str, mask: Tensor) -> Tensor:
+        return MaskInForce(value)(mask)
+
+    def plain(self) -> nn.Module:
+        return MaskInForce(self.active)
+
+
+def mask_in_force(resolution: Resolution) -> MaskInForce:
+    return ElasticMask(resolution) if isinstance(resolution, Choice) else MaskInForce(resolution)
+
+
+def low_share(module: nn.Module, low: float | None = None) -> float:
+    """The share of low patches by which the multiply-adds of a row's dense form have to be lessened.
+
+    By the mask it is `low`, None for the `expected` share that the row names. A row that is always low is computed at
+    low resolution and counts as it is computed, unless choices hold it in its dense form.
+    """
+    resolution = getattr(module, "resolution", None)
+    if not isinstance(resolution, MaskInForce) or resolution.active == "mask":
+        return getattr(module, "expected", 0.0) if low is None else low
+    return 1.0 if resolution.active == "low" and getattr(module, "is_open", False) else 0.0
+
+
+def holds_choices(module: nn.Module) -> bool:
+    """Whether it has a part that holds several options, as in a supernet."""
+    return any(isinstance(part, Elastic) for part in module.modules())
+
+
 # ---- convolutions under a mask
+
+
+def filling(mask: Tensor | None) -> Wide:
+    """Convolutions in dense form: first all cells, then one value in all cells of a low patch."""
+    return lambda convolution, x: filled(convolution(x), mask)
+
+
+def strided(d: int) -> Wide:
+    """Convolutions where every patch is low: those of the network with stride d, on maps that have a cell a patch. A
+    transition (`SelStage`) reads the whole map, and has the stride.
+    """
+
+    def wide(convolution: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(convolution, nn.Conv2d)
+        dilation, padding = convolution.dilation[0], convolution.padding[0]
+        assert isinstance(padding, int)
+        shape = (d, padding, dilation) if dilation % d else (1, padding // d, dilation // d)
+        return F.conv2d(x, convolution.weight, convolution.bias, *shape, convolution.groups)
+
+    return wide
 
 
 def sel_conv_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
@@ -286,7 +368,8 @@ class SelConv(nn.Module):
 
     ``dilated``: the equations above with dilation d. ``transition``: the convolution of a network whose stride is d, on
     the map as it is: where the mask is low only at every d-th cell, where it is high at each. `backend` is the form,
-    ``auto`` the faster one in use. `unmasked` are the multiply-adds a cell that no mask saves.
+    ``auto`` the faster one in use. `unmasked` are the multiply-adds a cell that no mask saves. `resolution` and
+    `expected` are those of a `SelStage`.
 
     Shape: ``[[N, c_in, H, W], mask] -> [N, c_out, H, W]``
     """
@@ -304,21 +387,30 @@ class SelConv(nn.Module):
         groups: Step = 1,
         act: Act = DEFAULT,
         backend: Backend = "auto",
+        resolution: Resolution = "mask",
+        expected: Expected = 0.0,
     ) -> None:
         super().__init__()
         self.d, c_in = patch_side(inputs), inputs[0].channels
         self.dilated, self.backend = mode == "dilated", backend
+        self.resolution, self.expected = mask_in_force(resolution), expected
         self.pool = PatchPool(c_in, self.d, pool)
         self.unmasked = c_in if pool == "softmax" else 0
         self.conv = conv(c_in, c_out, kernel, groups=groups, dilation=self.d if self.dilated else 1)
         self.bn = norm(c_out, feeds=act, after=kernel)
         self.act = activation(act)
+        self.is_open = holds_choices(self)
 
     def forward(self, sources: Sequence[Tensor]) -> Tensor:
-        x, mask = sources
+        x, mask = sources[0], self.resolution(sources[1])
         form = best_form(self, mask)
         if form == "packed":
             return self._packed(x, packing(mask, self.d))
+        if form == "strided":
+            pointwise = self.conv.kernel_size == (1, 1)
+            small = self.pool(x) if self.dilated or pointwise else x
+            y = self.conv(small) if pointwise else strided(self.d)(self.conv, small)
+            return repeated(self.act(self.bn(y)), self.d, x)
         low = None if form == "plain" else mask
         y = self.conv(filled(x, low, self.pool(x)) if self.dilated and low is not None else x)
         return self.act(self.bn(filled(y, low)))
@@ -364,7 +456,10 @@ class SelStage(nn.Module):
     for the first one is half of it. A first dilation that is no multiple of d is a transition: its convolution reads
     the map as it is, as in `SelConv`. So with ``pick`` the stage is the `ResStage` with dilation d where all is high,
     and the one with stride d where all is low. With the other pools the map is pooled first, and the first dilation is
-    d as well. ``keep``: the map comes from a stage under the same mask.
+    d as well. ``keep``: the map comes from a stage under the same mask, and is ``pick`` where it does not.
+
+    `resolution` says whether the stage goes by the ``mask``, or is ``low`` or ``high`` everywhere and takes no look at
+    it. `expected` is the share of low patches that costs count with where it goes by the mask.
 
     `backend` is the form, ``auto`` the faster one in use. `unmasked` are the multiply-adds a cell that no mask saves:
     of what a bottleneck has before its transition, and of the weights of a softmax.
@@ -385,10 +480,13 @@ class SelStage(nn.Module):
         act: Act = DEFAULT,
         eps: Eps = EPS,
         backend: Backend = "auto",
+        resolution: Resolution = "mask",
+        expected: Expected = 0.0,
     ) -> None:
         super().__init__()
         self.d, c_in = patch_side(inputs), inputs[0].channels
-        self.backend, self.keeps = backend, pool == "keep"
+        self.backend = backend
+        self.resolution, self.expected = mask_in_force(resolution), expected
         self.pool = PatchPool(c_in, self.d, "pick" if pool == "keep" else pool)
         first, others = stage_dilations(self.d, dilation, first_dilation, pool)
         self.transition = first % self.d != 0
@@ -396,23 +494,28 @@ class SelStage(nn.Module):
         self.blocks = stage.blocks
         narrow = c_in * c_out // EXPANSION if self.transition and block == "bottleneck" else 0
         self.unmasked = narrow + (c_in if pool == "softmax" else 0)
+        self.is_open = holds_choices(self)
 
     def forward(self, sources: Sequence[Tensor]) -> Tensor:
-        x, mask = sources
+        x, mask = sources[0], self.resolution(sources[1])
         assert x.shape[2:] == tuple(self.d * side for side in mask.shape[2:]), (x.shape, mask.shape)
         form = best_form(self, mask)
         if form == "packed":
             return self._packed(x, packing(mask, self.d))
-        return self._dense(x, None if form == "plain" else mask)
+        if form == "strided":
+            return repeated(self._through(x, self.pool(x), strided(self.d)), self.d, x)
+        if form == "plain":
+            return self._through(x, x, filling(None))
+        return self._through(x, filled(x, mask, self.pool(x)), filling(mask))
 
-    def _dense(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        rest = x if self.keeps or mask is None else filled(x, mask, self.pool(x))
+    def _through(self, x: Tensor, rest: Tensor, wide: Wide) -> Tensor:
+        """All blocks. `rest` is the map as a patch's one value has it; a transition reads `x`, as it is."""
         x = x if self.transition else rest
-        for block in _active(self.blocks):
+        for block in active(self.blocks):
             y = x
             for at, (convolution, bn) in enumerate(_layers(block)):
-                y = convolution(block.act(y) if at else y)
-                y = bn(filled(y, mask) if convolution.kernel_size != (1, 1) else y)
+                y = block.act(y) if at else y
+                y = bn(convolution(y) if convolution.kernel_size == (1, 1) else wide(convolution, y))
             x = rest = block.act(y + (rest if block.downsample is None else block.downsample(rest)))
         return x
 
@@ -427,8 +530,8 @@ class SelStage(nn.Module):
                 seen[kernel, dilation] = taps_inside(packed, kernel, dilation)
             return seen[kernel, dilation]
 
-        rest = pack(x, packed, None if self.keeps or self.pool.pool == "pick" else self.pool(x))
-        for index, block in enumerate(_active(self.blocks)):
+        rest = pack(x, packed, None if self.pool.pool == "pick" else self.pool(x))
+        for index, block in enumerate(active(self.blocks)):
             y, layers = rest, _layers(block)
             if self.transition and index == 0:
                 y, layers = _entered(block, x, packed)
@@ -454,7 +557,7 @@ def _entered(block: Any, x: Tensor, packed: Packing) -> tuple[Tensor, list[tuple
     return _activated(block.act, _normed(bn, convolved_map(x, packed, convolution, taps))), layers
 
 
-def _active(blocks: nn.Module) -> list[Any]:
+def active(blocks: nn.Module) -> list[Any]:
     """The blocks of a row that run."""
     every = list(blocks.children())
     return every[: blocks.active] if isinstance(blocks, Elastic) else every
@@ -478,19 +581,22 @@ def _activated(act: nn.Module, y: Tensor) -> Tensor:
     return y.relu_() if isinstance(act, nn.ReLU) else act(y)
 
 
-def best_form(module: SelConv | SelStage, mask: Tensor) -> Literal["packed", "dense", "plain"]:
-    """How an op under a mask is to be computed: in packed form, in dense form, or dense without a look at a mask that
-    has no low patch.
+def best_form(module: Any, mask: Tensor) -> Literal["packed", "dense", "plain", "strided"]:
+    """How an op under a mask is to be computed: in packed form, in dense form, dense without a look at a mask that has
+    no low patch, or as the strided network where there is no high one.
 
     The mask is looked at in use only. What has gradients, is exported or holds choices is dense.
     """
+    if module.is_open:
+        return "dense"
+    if module.resolution.active != "mask":
+        return "strided" if module.resolution.active == "low" else "plain"
     if module.training or mask.is_meta or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return "dense"
     if torch.jit.is_tracing():
         return "dense"
     low = float((mask > 0.5).float().mean())
-    if module.backend != "dense" and not torch.is_grad_enabled():
-        wanted = module.backend == "packed" or low >= PACKED_FROM
-        if wanted and not any(isinstance(part, Elastic) for part in module.modules()):
-            return "packed"
+    wanted = module.backend == "packed" or (module.backend == "auto" and low >= PACKED_FROM)
+    if wanted and not torch.is_grad_enabled():
+        return "packed"
     return "dense" if low else "plain"

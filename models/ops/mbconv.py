@@ -17,22 +17,28 @@ from torch import Tensor, nn
 from models.ops.conv import Conv
 from models.ops.csp import start_as_nothing
 from models.ops.primitives import (
+    ALONE,
     DEFAULT,
     Act,
     Acts,
     Count,
     Eps,
-    Fraction,
+    Expansion,
+    Expansions,
+    Inner,
     Kernel,
     Kernels,
     Same,
     Step,
     Width,
     activation,
+    conv,
     each,
     repeat,
+    scaled,
 )
 from models.registry import Shape, one_to_one, register_op
+from models.spec import Choice
 
 Squeeze = Annotated[float, Field(ge=0, le=1)]
 
@@ -43,11 +49,11 @@ class SqueezeExcite(nn.Module):
     Shape: ``[N, channels, H, W]``, unchanged.
     """
 
-    def __init__(self, channels: int, squeezed: int, act: Act) -> None:
+    def __init__(self, channels: Inner, squeezed: int, act: Act) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(channels, squeezed, 1)
+        self.reduce = conv(channels, squeezed, 1, bias=True)
         self.act = activation(act)
-        self.expand = nn.Conv2d(squeezed, channels, 1)
+        self.expand = conv(squeezed, channels, 1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean(dim=(2, 3), keepdim=True)
@@ -70,14 +76,16 @@ class InvertedBottleneck(nn.Module):
         c_out: int,
         kernel: Kernel,
         stride: int,
-        expand: float,
+        expand: Expansion,
         squeeze: float,
         act: Act,
         padding: Same | None,
         eps: float,
     ) -> None:
         super().__init__()
-        hidden = int(c_in * expand)
+        if isinstance(expand, Choice) and 1 in expand.options:
+            raise ValueError(f"expand is a choice {expand}, and 1 leaves a convolution out that the others have{ALONE}")
+        hidden = scaled(c_in, expand)
         self.expand = Conv(c_in, hidden, 1, act=act, eps=eps) if expand != 1 else nn.Identity()
         self.depthwise = Conv(hidden, hidden, kernel, stride, padding, hidden, act=act, eps=eps)
         self.se = SqueezeExcite(hidden, max(int(c_in * squeeze), 1), act) if squeeze else nn.Identity()
@@ -103,8 +111,8 @@ def mbconv_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
 class MBConv(nn.Module):
     """A stage of EfficientNet: `number` inverted bottlenecks, of which the first has the `stride` and changes channels.
 
-    Kernel and activation may differ from block to block. `squeeze` is that of the channel attention, a share of a
-    block's input, 0 for none (EfficientNet-Lite). `padding` is None or ``same``, `eps` that of all batch norms.
+    Kernel, expansion and activation may differ from block to block. `squeeze` is that of the channel attention, a share
+    of a block's input, 0 for none (EfficientNet-Lite). `padding` is None or ``same``, `eps` that of all batch norms.
 
     Shape: ``[N, c_in, H, W] -> [N, c_out, H // stride, W // stride]``
     """
@@ -115,7 +123,7 @@ class MBConv(nn.Module):
         c_out: Width,
         kernel: Kernels = 3,
         stride: Step = 1,
-        expand: Fraction = 6,
+        expand: Expansions = 6,
         squeeze: Squeeze = 0.25,
         number: Count = 1,
         *,
@@ -127,8 +135,8 @@ class MBConv(nn.Module):
 
         def block(index: int) -> nn.Module:
             channels, step = (c_in, stride) if index == 0 else (c_out, 1)
-            own_kernel, own_act = each(kernel, index), each(act, index)
-            return InvertedBottleneck(channels, c_out, own_kernel, step, expand, squeeze, own_act, padding, eps)
+            own_kernel, own_expand, own_act = each(kernel, index), each(expand, index), each(act, index)
+            return InvertedBottleneck(channels, c_out, own_kernel, step, own_expand, squeeze, own_act, padding, eps)
 
         self.m = repeat(number, block)
 

@@ -16,7 +16,16 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.elastic import ElasticActivation, ElasticConv2d, ElasticSequential, SwitchableNorm, convolution
+from models.elastic import (
+    Channels,
+    ElasticActivation,
+    ElasticConv2d,
+    ElasticSequential,
+    SlicedBatchNorm2d,
+    SlicedConv2d,
+    SwitchableNorm,
+    convolution,
+)
 from models.spec import Choice, PerBottleneck
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -47,6 +56,9 @@ Pad = Annotated[int, Field(ge=0, le=64)]
 Same = Literal["same"]  # the padding of TensorFlow, see `PaddedConv2d`
 Eps = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, le=8)]
+Expansion = Fraction | Choice
+Expansions = Expansion | PerBottleneck
+Inner = int | Channels  # how many channels there are inside a block; what a row takes and gives is always a number
 PlainKernel = Annotated[int, Field(ge=1, le=63)]
 Kernel = PlainKernel | Choice
 Kernels = Kernel | PerBottleneck
@@ -55,33 +67,55 @@ Act = PlainAct | Choice
 Acts = Act | PerBottleneck
 Count = Annotated[int, Field(ge=1, le=1000)] | Choice
 EPS = 1e-3  # of a batch norm, in ScaledYOLOv4, yolov5 and TensorFlow; torch's own is 1e-5
+MOMENTUM = 0.03  # of its running statistics, in ScaledYOLOv4 and yolov5, which set it after the build
+ALONE = "; --supernet independent can hold it"
 DEFAULT = "silu"  # replaced by the model file's `activation:` where an op's row names none
 
 
+def scaled(channels: Inner, factor: Expansion) -> Inner:
+    """`channels` times a factor, rounded down; with a choice among factors, `Channels` inside a block."""
+    if isinstance(factor, Choice):
+        assert not isinstance(channels, Channels), "a block has one open width"
+        return Channels(factor, tuple(int(channels * option) for option in factor.options))
+    if isinstance(channels, Channels):
+        widths = tuple(int(width * factor) for width in channels.widths)
+        return Channels(channels.choice, widths, channels.segments)
+    return int(channels * factor)
+
+
 def conv(
-    c_in: int,
-    c_out: int,
+    c_in: Inner,
+    c_out: Inner,
     kernel: Kernel = 1,
     stride: int = 1,
     *,
     padding: int | Same | None = None,
-    groups: int = 1,
+    groups: Inner = 1,
     dilation: int = 1,
     bias: bool = False,
     border: Sequence[float] | None = None,
 ) -> nn.Module:
     """A convolution; ``padding=None`` keeps the map size at stride 1 for odd kernels, ``same`` is that of TensorFlow.
 
-    `border` is what stands around the map, a value a channel; None is 0. Raises ValueError for a choice of kernels with
-    a padding or border of its own.
+    `border` is what stands around the map, a value a channel; None is 0. With groups that are open, every channel is
+    convolved alone. Raises ValueError for a choice of kernels or open channels with a padding or border of its own, or
+    in groups.
     """
-    if isinstance(kernel, Choice):
+    width = next((channels.choice for channels in (c_in, c_out) if isinstance(channels, Channels)), None)
+    if isinstance(kernel, Choice) or width:
         if padding == "same" and stride == 1:
             padding = None  # which is the same for odd kernels
         for argument, value in (("padding", padding), ("border", border)):
+            if value is not None and width:
+                raise ValueError(f"{said(width)}, so {argument} must be left out; got {value}{ALONE}")
             if value is not None:
                 raise ValueError(f"kernel is a choice {kernel}, so {argument} must be left out; got {value}")
-        return ElasticConv2d(c_in, c_out, kernel, stride, groups, dilation, bias)
+        if width and not isinstance(groups, Channels) and groups != 1:
+            raise ValueError(f"{said(width)}, so groups must be 1; got {groups}{ALONE}")
+        if isinstance(kernel, Choice):
+            return ElasticConv2d(c_in, c_out, kernel, stride, groups, dilation, bias)
+        return SlicedConv2d(c_in, c_out, kernel, stride, groups, dilation, bias)
+    assert isinstance(c_in, int) and isinstance(c_out, int) and isinstance(groups, int)
     reach = dilation * (kernel - 1) + 1
     both = max(reach - stride, 0) if padding == "same" else 2 * ((reach - 1) // 2 if padding is None else padding)
     if both % 2 == 0 and border is None:
@@ -123,6 +157,11 @@ class PaddedConv2d(nn.Conv2d):
         return super().forward(F.pad(x - self.border, self.margins) + self.border)
 
 
+def said(choice: Choice) -> str:
+    """What a fault says of a choice that is named after its row and argument, ``16.expansion`` or ``16.expand.2``."""
+    return f"{choice.name.split('.')[1]} is a choice {choice}"
+
+
 def activation(act: Act) -> nn.Module:
     """The activation of a name, or an elastic one."""
     if isinstance(act, Choice):
@@ -145,17 +184,17 @@ def keyed_norms(policy: str) -> Iterator[None]:
         _norms.reset(token)
 
 
-def norm(channels: int, *, feeds: Act = DEFAULT, after: Kernel = 1, eps: float = EPS) -> nn.Module:
+def norm(channels: Inner, *, feeds: Act = DEFAULT, after: Kernel = 1, eps: float = EPS) -> nn.Module:
     """Batch norm. It says which activation it feeds and which kernel it follows, so that an elastic one knows whom to
     follow: it keeps statistics and scale for every activation (``act``), since those shift the mean of what comes
     after; for every kernel and activation (``k_act``), since a small kernel also sums over fewer cells; or one set for
-    all of them (``shared``).
+    all of them (``shared``). Widths inside a block share what they have in common, see `SlicedBatchNorm2d`.
     """
     keys = {"act": (feeds,), "shared": (), "k_act": (after, feeds)}[_norms.get()]
     return _switchable(channels, [key for key in keys if isinstance(key, Choice)], eps)
 
 
-def _switchable(channels: int, keys: list[Choice], eps: float) -> nn.Module:
+def _switchable(channels: Inner, keys: list[Choice], eps: float) -> nn.Module:
     """A batch norm for every combination of the keys' options: norms that hold norms."""
     if not keys:
         return batch_norm(channels, eps)
@@ -163,9 +202,10 @@ def _switchable(channels: int, keys: list[Choice], eps: float) -> nn.Module:
     return SwitchableNorm(first, lambda: _switchable(channels, others, eps))
 
 
-def batch_norm(channels: int, eps: float = EPS) -> nn.BatchNorm2d:
-    # momentum of ScaledYOLOv4 and yolov5, set there after the build
-    return nn.BatchNorm2d(channels, eps=eps, momentum=0.03)
+def batch_norm(channels: Inner, eps: float = EPS) -> nn.BatchNorm2d:
+    if isinstance(channels, Channels):
+        return SlicedBatchNorm2d(channels, eps, MOMENTUM)
+    return nn.BatchNorm2d(channels, eps=eps, momentum=MOMENTUM)
 
 
 def repeat(number: Count, make: Callable[[int], nn.Module]) -> nn.Module:

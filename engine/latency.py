@@ -182,10 +182,17 @@ def image_of(imgsz: int, device: torch.device) -> Tensor:
 
 
 def inputs_of(node: Node, imgsz: int, device: torch.device = CPU) -> list[Tensor]:
-    """What the sources of a row hand it for one image: maps of noise, ``[1, channels, height, width]`` each."""
+    """What the sources of a row hand it for one image: maps of noise, ``[1, channels, height, width]`` each.
+
+    A mask is low in one piece, of the share that the row expects.
+    """
     generator = torch.Generator().manual_seed(0)
     sides = [(shape.channels, imgsz // shape.stride + shape.margin) for shape in node.inputs]
     maps = [torch.rand(1, channels, side, side, generator=generator) for channels, side in sides]
+    for shape, y in zip(node.inputs, maps, strict=True):
+        if shape.kind == "mask":
+            low = round(node.arguments.get("expected", 0.0) * y.numel())
+            y.copy_((torch.arange(y.numel()) < low).view_as(y))
     return [y.to(device).contiguous(memory_format=torch.channels_last) for y in maps]
 
 

@@ -14,6 +14,7 @@ from test_ops import scramble
 from torch import Tensor, nn
 
 from data.structures import Fault
+from engine.latency import inputs_of
 from models.cost import network_costs, row_cost
 from models.fuse import fuse
 from models.graph import combinations, load_graph, normalize, resolve
@@ -284,3 +285,11 @@ def test_the_detector_is_fused_and_lighter_where_it_is_low():
 def test_a_resolution_that_is_none_is_a_fault():
     with pytest.raises(Fault, match="resolution=fine should be 'mask', 'low' or 'high'"):
         resolve(with_resolution("fine"))
+
+
+def test_a_row_is_timed_with_a_mask_of_the_share_that_it_expects():
+    graph = resolve(normalize(parse_text(OPEN)))
+    x, mask = inputs_of(graph.nodes[3], 64)
+    assert mask.shape == (1, 1, 8, 8) and x.shape == (1, 16, 16, 16)
+    assert mask.unique().tolist() == [0, 1] and mask.mean().item() == 0.25
+    assert inputs_of(graph.nodes[4], 64)[1].sum() == 0  # it names none: all of it at high resolution, the dearest

@@ -230,6 +230,20 @@ def test_a_predictor_starts_from_the_share_that_it_was_given():
         assert float(z.softmax(1)[:, 1].mean()) == pytest.approx(low, abs=0.12)
 
 
+def test_the_pace_is_how_far_a_step_takes_the_logits():
+    moved, x = {}, torch.rand(2, 8, 16, 16, dtype=torch.float64)
+    for pace in (1.0, 0.1):
+        torch.manual_seed(0)
+        predictor = OPS["MaskPredictor"].module(c_in=8, widths=(4, 4, 4), low=0.2, pace=pace).double().eval()
+        optimizer = torch.optim.Adam(predictor.parameters(), lr=1e-3)
+        before = predictor(x).aux
+        assert float(before.detach().softmax(1)[:, 1].mean()) == pytest.approx(0.2, abs=0.12)
+        before[:, 1].sum().backward()
+        optimizer.step()
+        moved[pace] = predictor(x).aux.detach() - before.detach()
+    assert torch.allclose(moved[0.1], 0.1 * moved[1.0], rtol=1e-4) and float(moved[1.0].abs().max()) > 1e-3
+
+
 def test_the_loss_and_the_stages_have_one_sample():
     torch.manual_seed(0)
     network = build(parse_text(NET)).train()

@@ -46,6 +46,7 @@ PlainResolution = Literal["mask", "low", "high"]
 Resolution = PlainResolution | Choice
 Wide = Callable[[nn.Module, Tensor], Tensor]  # how a convolution with neighbours is computed
 Share = Annotated[float, Field(gt=0, lt=1)]
+Pace = Annotated[float, Field(gt=0, le=1)]
 Price = Annotated[float, Field(ge=0)]
 Batches = Annotated[int, Field(ge=0)]
 Expected = Annotated[float, Field(ge=0, le=1)]
@@ -65,7 +66,9 @@ class MaskPredictor(nn.Module):
 
     Three 3x3 convolutions of `widths` with a max pool of `patch` before the third, and one to two logits, high and low:
     the network of Hesse et al. `light` makes each of them a depth-wise and a 1x1 convolution. `low` is the share of low
-    patches that it starts from, roughly.
+    patches that it starts from, roughly. `pace` multiplies the logits, and so says how fast they change as it learns,
+    beside the other rows: one that is sure of everything after a few steps has no gradient left to change its mind by.
+    Hesse et al. give it a hundredth of the learning rate.
 
     In training the mask is a straight-through sample: with Gumbel noise e, M = 1 where ``z_low + e_low > z_high +
     e_high``, and its gradient is that of the softmax of both. Noise comes from torch's generator, as a dropout's. In
@@ -82,8 +85,10 @@ class MaskPredictor(nn.Module):
         light: bool = True,
         *,
         low: Share = 0.5,
+        pace: Pace = 1.0,
     ) -> None:
         super().__init__()
+        self.pace = pace
         one, two, three = widths
         self.features = nn.Sequential(
             _predicting(c_in, one, light),
@@ -98,10 +103,10 @@ class MaskPredictor(nn.Module):
         last = self.logits[-1] if isinstance(self.logits, nn.Sequential) else self.logits
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         with torch.no_grad():
-            last.bias.copy_(torch.tensor([1 - low, low]).log())
+            last.bias.copy_(torch.tensor([1 - low, low]).log() / pace)
 
     def forward(self, x: Tensor) -> WithAux:
-        z = self.logits(self.features(x))
+        z = self.pace * self.logits(self.features(x))
         return WithAux(sampled(z) if self.training else (z[:, 1:] > z[:, :1]).to(z.dtype), z)
 
     def aux_parts(self, z: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ models of a seed go on from the same network, DeepLabV3 on ResNet-18 at output s
 (`begin`), for the same epochs. `fine` is that network, `coarse` the one at output stride 16, which has the same
 weights. The others compute stages 4 and 5 under a mask:
 
-- `heavy`: the predictor of Hesse et al. (arXiv 2305.09504) at a hundredth of the pace, as theirs; low patches take
+- `heavy`: the predictor of Hesse et al. (arXiv 2305.09504) at a tenth of the pace; low patches take
   their first cell, loss (S - 0.5)^2;
 - `light`: the same with a predictor of depth-wise separable convolutions, which needs no other pace;
 - `target-T`: light, low patches take their maximum, loss (S - T)^2;
@@ -76,7 +76,7 @@ PRICES, TARGETS = (0.02, 0.05, 0.1, 0.2), (0.3, 0.5, 0.7)
 # of a masked model: what is changed in the rows of these ops
 MASKED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "heavy": {
-        "MaskPredictor": {"light": False, "pace": 0.01},
+        "MaskPredictor": {"light": False, "pace": 0.1},
         "SelStage": {"pool": "pick"},
         "SelLoss": {"price": 1, "target": 0.5},
     },

@@ -38,10 +38,20 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from bench.cells import RESULTS, epoch_minutes, fill, guarded, read, train  # noqa: E402
+from bench.cells import (  # noqa: E402
+    RESULTS,
+    SEEDS,
+    data_yaml,
+    epoch_minutes,
+    fill,
+    guarded,
+    named,
+    read,
+    runs_of,
+    train,
+)
 from bench.learn import BATCH, JUDGED_BY, interval, judged  # noqa: E402
 from bench.necks import CFG, NECKS, neck  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
@@ -59,7 +69,6 @@ from models.graph import resolve  # noqa: E402
 from models.network import Network, build  # noqa: E402
 from models.parse import dump, parse  # noqa: E402
 
-SEEDS = (0, 1)
 COMPARED = ("full", "channel", "spatial", "none", "wide-separable", "fusion-up", "fusion-off", "detect")
 CELLS = [f"{name}-{seed}" for name in NECKS for seed in SEEDS]  # those of COMPARED are trained if none are named
 BACKBONE = 13  # rows, all frozen
@@ -83,12 +92,7 @@ class Place:
 
     def data(self) -> Path:
         """The YAML of the data set."""
-        source = ROOT / "cfg" / "data" / "fruit.yaml"
-        if self.fruit is None:
-            return source
-        moved = self.work / "fruit.yaml"
-        write_text(moved, yaml.safe_dump({**yaml.safe_load(source.read_text()), "path": str(self.fruit)}))
-        return moved
+        return data_yaml("fruit", self.fruit, self.work)
 
 
 # ---- the ablation
@@ -96,7 +100,7 @@ class Place:
 
 def train_cell(place: Place, cell: str, folder: Path, epochs: int) -> tuple[Path, float]:
     """The checkpoint of a cell's training, which goes on where it was stopped, and the minutes that it took."""
-    name, _, seed = cell.rpartition("-")
+    name, seed = named(cell)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder.with_suffix(".yaml"), dump(neck(parse(CFG), name)))
     options = {"--cfg": folder.with_suffix(".yaml"), "--weights": place.weights, "--data": place.data(), **OPTIONS}
@@ -136,7 +140,7 @@ def shown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a neck: its AP50 and AP, and by how much the full one is better, over the same seeds."""
     rows = []
     for name in NECKS:
-        runs = {seed: results[f"{name}-{seed}"] for seed in SEEDS if f"{name}-{seed}" in results}
+        runs = runs_of(results, name)
         if not runs:
             continue
         some = next(iter(runs.values()))
@@ -315,7 +319,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a checkpoint of efficientnet-lite0.yaml")
     parser.add_argument("--fruit", type=Path, help="folder of the data set; default as cfg/data/fruit.yaml says")
-    wanted = [cell for cell in CELLS if cell.rpartition("-")[0] in COMPARED]
+    wanted = [cell for cell in CELLS if named(cell)[0] in COMPARED]
     parser.add_argument("--cells", nargs="+", default=wanted, choices=CELLS, metavar="CELL")
     parser.add_argument("--imgsz", type=int, default=128, help="of the ablation; a multiple of 128")
     parser.add_argument("--epochs", type=int, default=24)

@@ -43,10 +43,21 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from bench.cells import RESULTS, epoch_minutes, fill, guarded, read, train  # noqa: E402
+from bench.cells import (  # noqa: E402
+    RESULTS,
+    SEEDS,
+    Results,
+    data_yaml,
+    epoch_minutes,
+    fill,
+    guarded,
+    named,
+    read,
+    runs_of,
+    train,
+)
 from bench.learn import interval  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
@@ -69,9 +80,7 @@ from models.registry import OPS  # noqa: E402
 from models.spec import LayerSpec, ModelSpec, Scaling  # noqa: E402
 
 MODELS = ROOT / "cfg" / "models"
-DATA = ROOT / "cfg" / "data" / "camvid.yaml"
 CLASSES = 11
-SEEDS = (0, 1)
 PRICES, TARGETS = (0.02, 0.05, 0.1, 0.2), (0.3, 0.5, 0.7)
 # of a masked model: what is changed in the rows of these ops
 MASKED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -110,11 +119,7 @@ class Place:
 
     def data(self) -> Path:
         """The YAML of the data set."""
-        if self.camvid is None:
-            return DATA
-        moved = self.work / "camvid.yaml"
-        write_text(moved, yaml.safe_dump({**yaml.safe_load(DATA.read_text()), "path": str(self.camvid)}))
-        return moved
+        return data_yaml("camvid", self.camvid, self.work)
 
     def test(self) -> tuple[Sequence[Sample], ImageSet]:
         """The images that models are judged by."""
@@ -223,19 +228,7 @@ def shuffled(mask: Tensor) -> Tensor:
 INSTEAD = {"high": torch.zeros_like, "low": torch.ones_like, "shuffled": shuffled}
 
 
-def named(cell: str) -> tuple[str, int]:
-    """The model and the seed of a cell."""
-    name, _, seed = cell.rpartition("-")
-    return name, int(seed)
-
-
 # ---- tables
-
-Results = Mapping[str, Mapping[str, Any]]
-
-
-def runs_of(results: Results, name: str) -> dict[int, Mapping[str, Any]]:
-    return {seed: results[f"{name}-{seed}"] for seed in SEEDS if f"{name}-{seed}" in results}
 
 
 def miou(stretches: Any) -> tuple[float, np.ndarray]:

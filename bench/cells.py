@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from data.structures import Fault
@@ -19,6 +20,29 @@ from engine.runs import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+SEEDS = (0, 1)  # of every model; a cell is called after both, as `plain-0`
+Results = Mapping[str, Mapping[str, Any]]  # by cell
+
+
+def named(cell: str) -> tuple[str, int]:
+    """The model and the seed of a cell."""
+    name, _, seed = cell.rpartition("-")
+    return name, int(seed)
+
+
+def runs_of(results: Results, name: str) -> dict[int, Mapping[str, Any]]:
+    """What was measured of a model, by seed."""
+    return {seed: results[f"{name}-{seed}"] for seed in SEEDS if f"{name}-{seed}" in results}
+
+
+def data_yaml(name: str, folder: Path | None, work: Path) -> Path:
+    """The YAML of a data set of cfg/data; with a `folder`, a copy in `work` that says it lies there."""
+    source = ROOT / "cfg" / "data" / f"{name}.yaml"
+    if folder is None:
+        return source
+    moved = work / f"{name}.yaml"
+    write_text(moved, yaml.safe_dump({**yaml.safe_load(source.read_text()), "path": str(folder)}))
+    return moved
 
 
 def run(command: Sequence[Any], where: Path, surroundings: Mapping[str, str], output: Path) -> str:
@@ -86,7 +110,7 @@ def fill(
             write_text(files[cell], json.dumps(measure(cell), indent=indent) + "\n")
 
 
-def read(files: Mapping[str, Path]) -> dict[str, Any]:
+def read(files: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
     """What was measured so far, by cell."""
     return {cell: json.loads(file.read_text()) for cell, file in files.items() if file.exists()}
 

@@ -42,7 +42,19 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from bench.cells import RESULTS, epoch_minutes, fill, guarded, read, train  # noqa: E402
+from bench.cells import (  # noqa: E402
+    RESULTS,
+    SEEDS,
+    Results,
+    data_yaml,
+    epoch_minutes,
+    fill,
+    guarded,
+    named,
+    read,
+    runs_of,
+    train,
+)
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
@@ -64,8 +76,6 @@ from models.parse import dump, parse  # noqa: E402
 from models.spec import ModelSpec, Scaling  # noqa: E402
 
 CFG = ROOT / "cfg" / "models" / "resnet18-fpn-cls.yaml"
-DATA = ROOT / "cfg" / "data" / "ucmerced.yaml"
-SEEDS = (0, 1)
 LAYERS = 4
 ON = {"plain": (), "chosen": None, "low": (0, 1), "high": (2, 3), "all": (0, 1, 2, 3), "flat": (0, 1)}  # levels
 NAMES = ("begin", *ON)  # begin: what all of a seed go on from
@@ -104,7 +114,7 @@ class Place:
 
 def splits(place: Place) -> dict[str, list[Sample]]:
     """The images to ``train`` on, those to ``choose`` levels by, and those to ``judge`` by."""
-    spec = read_data_spec(data_yaml(place))
+    spec = read_data_spec(data_yaml("ucmerced", place.ucmerced, place.work))
     found: dict[str, list[Sample]] = {"train": [], "choose": [], "judge": []}
     for split, role in (("train", "train"), ("val", "judge")):
         seen: dict[int, int] = {}
@@ -115,18 +125,9 @@ def splits(place: Place) -> dict[str, list[Sample]]:
     return found
 
 
-def data_yaml(place: Place) -> Path:
-    """The data set, where it lies."""
-    if place.ucmerced is None:
-        return DATA
-    moved = place.work / "ucmerced.yaml"
-    write_text(moved, yaml.safe_dump({**yaml.safe_load(DATA.read_text()), "path": str(place.ucmerced)}))
-    return moved
-
-
 def learned(place: Place) -> Path:
     """The YAML of the images to train on."""
-    found, names = splits(place), list(read_data_spec(data_yaml(place)).names)
+    found, names = splits(place), list(read_data_spec(data_yaml("ucmerced", place.ucmerced, place.work)).names)
     for role, samples in found.items():
         write_text(place.work / f"{role}.txt", "".join(f"{sample.path.resolve()}\n" for sample in samples))
     whole = {"path": str(place.work), "train": "train.txt", "val": "judge.txt", "format": "folders", "names": names}
@@ -214,20 +215,7 @@ def explained(network: Network, samples: Sequence[Sample], imgsz: int, names: Se
     return explain(network, samples, names, imgsz, Question(), there, batch_size=BATCH, progress=False)
 
 
-def named(cell: str) -> tuple[str, int]:
-    """The model and the seed of a cell."""
-    name, _, seed = cell.rpartition("-")
-    return name, int(seed)
-
-
 # ---- tables
-
-
-Results = Mapping[str, Mapping[str, Any]]
-
-
-def runs_of(results: Results, name: str) -> dict[int, Mapping[str, Any]]:
-    return {seed: results[f"{name}-{seed}"] for seed in SEEDS if f"{name}-{seed}" in results}
 
 
 def values(one: Mapping[str, Any], key: str, level: int | None, only: str | None) -> np.ndarray:

@@ -36,10 +36,22 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import yaml  # noqa: E402
 
 from bench.bccd import RECIPE  # noqa: E402
-from bench.cells import RESULTS, epoch_minutes, fill, guarded, read, timed_run, train  # noqa: E402
+from bench.cells import (  # noqa: E402
+    RESULTS,
+    SEEDS,
+    Results,
+    data_yaml,
+    epoch_minutes,
+    fill,
+    guarded,
+    named,
+    read,
+    runs_of,
+    timed_run,
+    train,
+)
 from bench.learn import JUDGED_BY, interval, judged  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
@@ -54,9 +66,7 @@ from models.spec import ModelSpec  # noqa: E402
 from search.costs import CostTable, cost_tables, format_cost  # noqa: E402
 from search.space import Architecture, SearchSpace  # noqa: E402
 
-DATA = ROOT / "cfg" / "data" / "bccd.yaml"
 SPACES = {"kernel-act": "tiny-seed-search", "wide": "tiny-search"}
-SEEDS = (0, 1)
 RANDOM = tuple(f"random{number}" for number in range(8))
 ROLES = ("found", "default", *RANDOM)
 CELLS = [f"{space}-{role}-{seed}" for space in SPACES for seed in SEEDS for role in ROLES]
@@ -80,11 +90,7 @@ class Place:
 
     def data(self) -> Path:
         """The YAML of the data set."""
-        if self.bccd is None:
-            return DATA
-        moved = self.work / "bccd.yaml"
-        write_text(moved, yaml.safe_dump({**yaml.safe_load(DATA.read_text()), "path": str(self.bccd)}))
-        return moved
+        return data_yaml("bccd", self.bccd, self.work)
 
     def options(self, seed: int) -> dict[str, Any]:
         """What a search and a training share."""
@@ -159,15 +165,10 @@ def searched(place: Place, name: str, seed: int, most: int) -> Path:
 # ---- a cell
 
 
-def named(cell: str) -> tuple[str, str, int]:
-    """The space, the role and the seed of a cell."""
-    space, role, seed = cell.rsplit("-", 2)
-    return space, role, int(seed)
-
-
 def measure(place: Place, cell: str) -> dict[str, Any]:
     """Find or draw a subnet, train it from random weights, and judge it."""
-    name, role, seed = named(cell)
+    whole, seed = named(cell)
+    name, _, role = whole.rpartition("-")
     spec, space, macs = space_of(name, place)
     most, file = budget(space, macs), place.work / f"{cell}.yaml"
     if role == "found":
@@ -201,12 +202,6 @@ def measure(place: Place, cell: str) -> dict[str, Any]:
 
 # ---- the table
 
-Results = Mapping[str, Mapping[str, Any]]
-
-
-def of_seeds(results: Results, space: str, role: str) -> dict[int, Mapping[str, Any]]:
-    return {seed: results[cell] for seed in SEEDS if (cell := f"{space}-{role}-{seed}") in results}
-
 
 def best_random(results: Results, space: str, seed: int) -> Mapping[str, Any] | None:
     """The random subnet that the validation images say is best."""
@@ -231,13 +226,13 @@ def told(pairs: Sequence[tuple[float, np.ndarray]], sign: str = "") -> str:
 def shown(results: Results, key: str = "ap") -> str:
     rows = []
     for space in SPACES:
-        found = of_seeds(results, space, "found")
+        found = runs_of(results, f"{space}-found")
         rivals: dict[str, dict[int, tuple[float, np.ndarray]]] = {"random, mean": {}, "random, best": {}, "default": {}}
         costs: dict[str, list[float]] = {name: [] for name in rivals}
         for seed in SEEDS:
             everyone = [results[cell] for role in RANDOM if (cell := f"{space}-{role}-{seed}") in results]
             sides = {
-                "default": of_seeds(results, space, "default").get(seed),
+                "default": runs_of(results, f"{space}-default").get(seed),
                 "random, best": best_random(results, space, seed),
             }
             for name, one in sides.items():
@@ -282,7 +277,7 @@ def plan(place: Place, missing: Sequence[str]) -> None:
         place.work / "plan", lambda folder, epochs: train(folder, options, epochs, place.threads)[1]
     )
     minutes = len(missing) * (first + (place.epochs - 1) * epoch)
-    searches = sum(named(cell)[1] == "found" for cell in missing)
+    searches = sum("-found-" in cell for cell in missing)
     print(f"an epoch takes {60 * epoch:.1f} s; {len(missing)} trainings of {place.epochs} epochs {minutes:.0f} minutes")
     print(f"{searches} searches of {place.search_epochs} epochs come to that")
     if minutes > LONGEST:

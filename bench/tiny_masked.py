@@ -36,10 +36,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.cells import RESULTS, fill, guarded, read, train  # noqa: E402
+from bench.cells import RESULTS, SEEDS, data_yaml, fill, guarded, named, read, runs_of, train  # noqa: E402
 from bench.learn import BATCH, JUDGED, JUDGED_BY, interval, judged  # noqa: E402
 from bench.masked import blobs, raced  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
@@ -59,7 +58,6 @@ from models.spec import ModelSpec  # noqa: E402
 
 MODELS = ROOT / "cfg" / "models"
 FILES = {"plain": "tiny.yaml", "high": "tiny-mds.yaml", "mask": "tiny-mds.yaml"}
-SEEDS = (0, 1)
 CELLS = [f"{name}-{seed}" for name in FILES for seed in SEEDS]
 MASK, STAGE, LOSS = "mask", "deep", "priced"  # names of rows
 OPTIONS = {"--amp": "off", "--batch-size": BATCH, "--device": "cpu", "--workers": 0}
@@ -79,12 +77,7 @@ class Place:
 
     def data(self) -> Path:
         """The YAML of the data set."""
-        source = ROOT / "cfg" / "data" / f"{self.name}.yaml"
-        if self.folder is None:
-            return source
-        moved = self.work / f"{self.name}.yaml"
-        write_text(moved, yaml.safe_dump({**yaml.safe_load(source.read_text()), "path": str(self.folder)}))
-        return moved
+        return data_yaml(self.name, self.folder, self.work)
 
     def samples(self, split: str) -> list[Sample]:
         return list(read_split(read_data_spec(self.data()), split).samples)
@@ -117,7 +110,7 @@ def without_mask(checkpoint: Checkpoint, resolution: str) -> Network:
 
 def train_cell(place: Place, cell: str) -> tuple[Path, float]:
     """The checkpoint of a cell's training, which goes on where it was stopped, and the minutes that it took."""
-    name, _, seed = cell.rpartition("-")
+    name, seed = named(cell)
     folder = place.work / "runs" / cell
     folder.mkdir(parents=True, exist_ok=True)
     steps = place.epochs * -(-len(place.samples("train")) // BATCH)
@@ -225,7 +218,7 @@ def shown(results: Mapping[str, Mapping[str, Any]], times: Mapping[str, Any] | N
     rows = []
     for name in (*FILES, "as low", "as high"):
         source = "mask" if name.startswith("as ") else name
-        runs = [results[f"{source}-{seed}"] for seed in SEEDS if f"{source}-{seed}" in results]
+        runs = list(runs_of(results, source).values())
         if not runs:
             continue
         scores = [one[name] if name.startswith("as ") else one for one in runs]

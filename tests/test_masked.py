@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_ops import scramble
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ from data.structures import Fault, Targets
 from models.cost import count_params, network_costs, row_cost
 from models.graph import load_graph, resolve
 from models.network import Network, build
-from models.ops.masked import PatchPool, filled, sampled
+from models.ops.masked import PatchPool, decided, filled, sampled
 from models.parse import parse_text
 from models.registry import OPS, Shape
 from models.show import table
@@ -214,8 +216,28 @@ def test_a_predictor_draws_in_training_and_decides_in_use():
     torch.manual_seed(1)
     assert torch.equal(predictor(x).output, one) and not torch.equal(one, other)
     said = predictor.eval()(x)
-    assert torch.equal(said.output[:, 0], (said.aux[:, 1] > said.aux[:, 0]).float())
-    assert torch.equal(predictor(x).output, said.output)
+    assert torch.equal(said.output, decided(said.aux)) and torch.equal(predictor(x).output, said.output)
+    assert float(predictor.aux_parts(said.aux)["S_in_use"]) == float(said.output.mean())
+    predictor.argmax = True
+    assert torch.equal(predictor(x).output[:, 0], (said.aux[:, 1] > said.aux[:, 0]).float())
+
+
+@given(st.integers(0, 2**31 - 1), st.sampled_from([0.0, 0.01, 3.0, 50.0]), st.floats(-3, 3))
+@settings(max_examples=40, deadline=None)
+def test_as_many_patches_are_low_in_use_as_in_samples(seed, spread, middle):
+    """And those that are low most often. Of an undecided predictor the arg-max would be all low or all high."""
+    generator = torch.Generator().manual_seed(seed)
+    z = spread * torch.randn(2, 2, 6, 7, generator=generator, dtype=torch.float64)
+    z[:, 1] += middle
+    mask, p = decided(z), z.softmax(dim=1)[:, 1:]
+    for image, expected in zip(mask, p, strict=True):
+        if spread:  # else all are alike, and low or high together
+            assert abs(float(image.sum()) - float(expected.sum())) <= 0.5 + 1e-4
+        low, high = expected[image == 1], expected[image == 0]
+        assert not len(low) or not len(high) or float(low.min()) >= float(high.max())
+    if spread == 50:
+        sure = (p - 0.5).abs().flatten(1).min(dim=1).values > 0.4999
+        assert torch.equal(mask[sure], (p > 0.5).double()[sure])
 
 
 def test_a_predictor_starts_from_the_share_that_it_was_given():

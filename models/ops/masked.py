@@ -152,10 +152,8 @@ def decided(z: Tensor) -> Tensor:
     """
     margins = (z[:, 1] - z[:, 0]).flatten(1).float()
     counts = (margins.sigmoid().mean(dim=1, keepdim=True) * margins.shape[1]).round()
-    falling = margins.sort(dim=1, descending=True).values
-    least = falling.gather(1, (counts - 1).clamp(min=0).long())
-    low = (margins >= least) & (counts > 0)
-    return low.view(z[:, 1:].shape).to(z.dtype)
+    places = margins.argsort(dim=1, descending=True).argsort(dim=1)  # ranks: equal margins have different ones
+    return (places < counts).view(z[:, 1:].shape).to(z.dtype)
 
 
 def passes_map(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:

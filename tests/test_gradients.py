@@ -155,20 +155,25 @@ def test_alpha_gradients_equal_central_differences_in_float64(kind, norms):
         assert value == loss(net.network).detach()  # the forward is the plain one
         net.zero_grad()
         net.set_alpha_gradients(gradients)
-        active, step = one_hot(net, picks), 1e-6  # small, for relu has a kink
-        for decision, alpha in zip(net.decisions, net.alphas, strict=True):
-            numeric = torch.zeros_like(alpha)
-            for k in range(len(alpha)):
-                values = []
-                for sign in (1, -1):
-                    moved = alpha.detach().clone()
-                    moved[k] += sign * step
-                    gate = active[decision.name] + moved.softmax(0) - alpha.detach().softmax(0)
-                    with torch.no_grad(), mixture(net, {**active, decision.name: gate}):
-                        values.append(float(loss(net.network)))
-                numeric[k] = (values[0] - values[1]) / (2 * step)
-            assert numeric.abs().max() > 1e-6
-            torch.testing.assert_close(alpha.grad, numeric, rtol=1e-3, atol=1e-3 * float(numeric.abs().max()))
+        assert_slopes_are_differences(net, picks, loss)
+
+
+def assert_slopes_are_differences(net, picks, loss, least=1e-6):
+    """The gradient that each alpha holds is the central difference of the mixture's loss around `picks`."""
+    active, step = one_hot(net, picks), 1e-6  # small, for relu has a kink
+    for decision, alpha in zip(net.decisions, net.alphas, strict=True):
+        numeric = torch.zeros_like(alpha)
+        for k in range(len(alpha)):
+            values = []
+            for sign in (1, -1):
+                moved = alpha.detach().clone()
+                moved[k] += sign * step
+                gate = active[decision.name] + moved.softmax(0) - alpha.detach().softmax(0)
+                with torch.no_grad(), mixture(net, {**active, decision.name: gate}):
+                    values.append(float(loss(net.network)))
+            numeric[k] = (values[0] - values[1]) / (2 * step)
+        assert numeric.abs().max() > least
+        torch.testing.assert_close(alpha.grad, numeric, rtol=1e-3, atol=1e-3 * float(numeric.abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)

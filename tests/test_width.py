@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_derive import largest_difference
-from test_gradients import mixture, one_hot, smooth_loss
+from test_gradients import assert_slopes_are_differences, one_hot, smooth_loss
 from test_tree import calibration, images, one_by_one, walked
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -251,20 +251,7 @@ def test_alpha_gradients_equal_central_differences_in_float64(name: str) -> None
     assert float(value) == pytest.approx(float(loss(net.network).detach()), rel=1e-12)
     net.zero_grad()
     net.set_alpha_gradients(gradients)
-    active, step = one_hot(net, picks), 1e-6
-    for decision, alpha in zip(net.decisions, net.alphas, strict=True):
-        numeric = torch.zeros_like(alpha)
-        for k in range(len(alpha)):
-            values = []
-            for sign in (1, -1):
-                moved = alpha.detach().clone()
-                moved[k] += sign * step
-                gate = active[decision.name] + moved.softmax(0) - alpha.detach().softmax(0)
-                with torch.no_grad(), mixture(net, {**active, decision.name: gate}):
-                    values.append(float(loss(net.network)))
-            numeric[k] = (values[0] - values[1]) / (2 * step)
-        assert numeric.abs().max() > 1e-7
-        torch.testing.assert_close(alpha.grad, numeric, rtol=1e-3, atol=1e-3 * float(numeric.abs().max()))
+    assert_slopes_are_differences(net, picks, loss, least=1e-7)
 
 
 @pytest.mark.parametrize("name", ["BottleneckCSP", "C3", "MBConv each"])

@@ -113,7 +113,7 @@ def test_a_network_with_folded_norms_is_the_same():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.weight.data.uniform_(0.5, 1.5)
             norm.running_mean.normal_(0, 0.3)
-    network.layers[2].logits[-1].bias.data.fill_(0)
+    network.layers[2].bn.bias.data.fill_(0)
     images = torch.rand(2, 3, 64, 96, dtype=torch.float64)
     fused = fuse(network).to(memory_format=torch.channels_last)
     with torch.no_grad():

@@ -156,7 +156,7 @@ def searched(kind: str, act: str = "relu") -> Supernet:
     scramble(net)
     with torch.no_grad():
         _, aux = net.network.run(range(3), {-1: torch.rand(2, 3, 64, 64, dtype=torch.float64)})
-        net.network.layers[2].logits[-1].bias[1] -= (aux[2][:, 1] - aux[2][:, 0]).median()
+        net.network.layers[2].bn.bias[1] -= (aux[2][:, 1] - aux[2][:, 0]).median()
     return net
 
 

@@ -30,13 +30,14 @@ from data.structures import Targets
 from models.elastic import Elastic, WithAux
 from models.ops.merge import no_margin
 from models.ops.packed import Packing, Taps, convolved, convolved_map, pack, packing, taps_inside, taps_of_map, unpack
-from models.ops.primitives import DEFAULT, Act, Count, Eps, Kernel, Step, Width, activation, conv, norm
+from models.ops.primitives import DEFAULT, Act, Count, Eps, Kernel, Step, Width, activation, batch_norm, conv, norm
 from models.ops.resnet import EPS, EXPANSION, Bottleneck, ResStage, dilations, stage_shape
 from models.registry import Shape, one_to_one, register_op
 from models.spec import Choice
 
 # The share of low patches from which on the packed form is faster: bench/masked.py --threshold measures it.
 PACKED_FROM = 0.2
+SPREAD = 0.5  # of the logits of a light predictor, over patches, as it starts
 
 Patch = Annotated[int, Field(ge=2, le=8)]
 Widths = tuple[Width, Width, Width]
@@ -46,7 +47,7 @@ PlainResolution = Literal["mask", "low", "high"]
 Resolution = PlainResolution | Choice
 Wide = Callable[[nn.Module, Tensor], Tensor]  # how a convolution with neighbours is computed
 Share = Annotated[float, Field(gt=0, lt=1)]
-Pace = Annotated[float, Field(gt=0, le=1)]
+Pace = Annotated[float, Field(gt=0, le=100)]
 Price = Annotated[float, Field(ge=0)]
 Batches = Annotated[int, Field(ge=0)]
 Expected = Annotated[float, Field(ge=0, le=1)]
@@ -65,10 +66,12 @@ class MaskPredictor(nn.Module):
     """Says for every patch of `patch` x `patch` cells whether it may be computed at low resolution.
 
     Three 3x3 convolutions of `widths` with a max pool of `patch` before the third, and one to two logits, high and low:
-    the network of Hesse et al. `light` makes each of them a depth-wise and a 1x1 convolution. `low` is the share of low
-    patches that it starts from, roughly. `pace` multiplies the logits, and so says how fast they change as it learns,
-    beside the other rows: one that is sure of everything after a few steps has no gradient left to change its mind by.
-    Hesse et al. give it a hundredth of the learning rate.
+    the network of Hesse et al. `light` makes each of them a depth-wise and a 1x1 convolution, and has a norm behind the
+    logits: a price on resolution pulls all of them the same way, harder than a task pulls them apart, and without a
+    norm all patches become low together before it is known which should. `low` is the share of low patches that it
+    starts from, roughly. `pace` multiplies the logits and so says how fast they change beside the other rows; behind a
+    norm, how fast their share and sureness do. One that is sure of everything after a few steps has no gradient left to
+    change its mind by; Hesse et al. give theirs, which has no norm, a hundredth of the learning rate.
 
     In training the mask is a straight-through sample: with Gumbel noise e, M = 1 where ``z_low + e_low > z_high +
     e_high``, and its gradient is that of the softmax of both. Noise comes from torch's generator, as a dropout's.
@@ -102,14 +105,18 @@ class MaskPredictor(nn.Module):
             _predicting(two, three, light),
             nn.ReLU(),
         )
-        self.logits = _predicting(three, 2, light)
-        last = self.logits[-1] if isinstance(self.logits, nn.Sequential) else self.logits
-        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        self.logits = _predicting(three, 2, light, bias=not light)
+        self.bn = batch_norm(2) if light else nn.Identity()
+        start = torch.tensor([1 - low, low]).log() / pace
         with torch.no_grad():
-            last.bias.copy_(torch.tensor([1 - low, low]).log() / pace)
+            if isinstance(self.bn, nn.BatchNorm2d):
+                self.bn.weight.fill_(SPREAD / pace)
+                self.bn.bias.copy_(start)
+            else:
+                self.logits.bias.copy_(start)
 
     def forward(self, x: Tensor) -> WithAux:
-        z = self.pace * self.logits(self.features(x))
+        z = self.pace * self.bn(self.logits(self.features(x)))
         return WithAux(sampled(z) if self.training else self._in_use(z), z)
 
     def _in_use(self, z: Tensor) -> Tensor:
@@ -121,16 +128,20 @@ class MaskPredictor(nn.Module):
 
 
 class OwnStart(nn.Conv2d):
-    """A convolution that `Network` leaves as it was made, where larger weights would do harm."""
+    """A convolution that `Network` leaves as it was made."""
 
     own_start = True
 
 
-def _predicting(c_in: int, c_out: int, light: bool) -> nn.Module:
-    """A 3x3 convolution of a predictor, which has no norms; torch's own start keeps its logits small."""
+def _predicting(c_in: int, c_out: int, light: bool, bias: bool = True) -> nn.Module:
+    """A 3x3 convolution of a predictor. The light ones start such that values keep their size (He et al., arXiv
+    1502.01852, by fan-in): with torch's own start nearly nothing arrives behind eight convolutions."""
     if not light:
         return OwnStart(c_in, c_out, 3, padding=1)
-    return nn.Sequential(OwnStart(c_in, c_in, 3, padding=1, groups=c_in), OwnStart(c_in, c_out, 1))
+    depthwise, pointwise = OwnStart(c_in, c_in, 3, padding=1, groups=c_in), OwnStart(c_in, c_out, 1, bias=bias)
+    nn.init.kaiming_normal_(depthwise.weight, nonlinearity="linear")
+    nn.init.kaiming_normal_(pointwise.weight, nonlinearity="relu")
+    return nn.Sequential(depthwise, pointwise)
 
 
 def sampled(z: Tensor) -> Tensor:

@@ -107,13 +107,12 @@ class MaskPredictor(nn.Module):
         )
         self.logits = _predicting(three, 2, light, bias=not light)
         self.bn = batch_norm(2) if light else nn.Identity()
-        start = torch.tensor([1 - low, low]).log() / pace
+        last = self.bn if light else self.logits
+        assert isinstance(last, nn.BatchNorm2d | nn.Conv2d) and last.bias is not None
         with torch.no_grad():
-            if isinstance(self.bn, nn.BatchNorm2d):
-                self.bn.weight.fill_(SPREAD / pace)
-                self.bn.bias.copy_(start)
-            else:
-                self.logits.bias.copy_(start)
+            last.bias.copy_(torch.tensor([1 - low, low]).log() / pace)
+            if light:
+                last.weight.fill_(SPREAD / pace)
 
     def forward(self, x: Tensor) -> WithAux:
         z = self.pace * self.bn(self.logits(self.features(x)))

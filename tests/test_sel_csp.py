@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +15,12 @@ from test_masked import NET, TARGETS, op, random_mask, spread
 from test_ops import scramble
 from torch import Tensor, nn
 
+from data.shapes import draw_image
 from data.structures import Fault
+from engine.export import main as export
+from engine.infer import load
 from engine.latency import inputs_of
+from models.checkpoint import save_checkpoint
 from models.cost import network_costs, row_cost
 from models.fuse import fuse
 from models.graph import combinations, load_graph, normalize, resolve
@@ -293,3 +299,41 @@ def test_a_row_is_timed_with_a_mask_of_the_share_that_it_expects():
     assert mask.shape == (1, 1, 8, 8) and x.shape == (1, 16, 16, 16)
     assert mask.unique().tolist() == [0, 1] and mask.mean().item() == 0.25
     assert inputs_of(graph.nodes[4], 64)[1].sum() == 0  # it names none: all of it at high resolution, the dearest
+
+
+DETECTOR = """\
+nc: 3
+anchors: [[10, 13, 16, 30], [30, 61, 62, 45]]
+backbone:
+  - [-1, 1, Conv, [8, 3, 4]]
+  - [-1, 1, MaskPredictor, [[8, 8, 8]]]
+  - [[0, 1], 1, SelCSP, [16]]
+  - [[2, 1], 1, SelLoss, [0.1]]
+  - [-1, 1, nn.MaxPool2d, [1, 2]]
+head:
+  - [[3, 4], 1, Detect, [nc, anchors]]
+"""
+
+
+def test_an_exported_detector_decides_its_masks_as_the_network_does(tmp_path, capsys):
+    """By ranks of margins, an image at a time, also at a size that it was not checked at."""
+    torch.manual_seed(0)
+    network = build(parse_text(DETECTOR)).eval()
+    scramble(network)
+    for layer in network.head.m:
+        layer.weight.data.normal_(0, 0.05)
+        layer.bias.data.normal_(0, 0.7)
+    weights, picture = tmp_path / "best.pt", draw_image(96, np.random.default_rng(1))[0]
+    with torch.no_grad():  # half of its patches are low
+        _, aux = network.run(range(2), {-1: torch.from_numpy(picture).permute(2, 0, 1)[None] / 255})
+        network.layers[1].bn.bias[1] -= (aux[1][:, 1] - aux[1][:, 0]).median()
+        held, _ = network.run(range(2), {-1: torch.from_numpy(picture).permute(2, 0, 1)[None] / 255})
+        assert 0.3 < float(held[1].mean()) < 0.7
+    save_checkpoint(weights, network, ["red", "green", "blue"], imgsz=64)
+    assert export(["--weights", str(weights), "--format", "onnx"]) == 0
+    parity = re.search(r"parity: boxes (\S+), scores (\S+) of their largest; (\d+) detections", capsys.readouterr().out)
+    assert parity and float(parity[1]) < 1e-4 and float(parity[2]) < 1e-4 and int(parity[3]) > 5
+    asked = {"conf": 0.3, "max_det": 30}
+    mine, other = (load(path, imgsz=96)(picture, **asked) for path in (weights, weights.with_suffix(".onnx")))
+    assert mine.labels.tolist() == other.labels.tolist() and len(mine) > 5
+    np.testing.assert_allclose(other.boxes, mine.boxes, rtol=0, atol=1e-3)

@@ -360,6 +360,7 @@ def translate(
     problem = Fault()
     for dialect in fitting:
         try:
+            _check_heads(spec, dialect)
             readings[dialect.name] = read_as(_scaled(spec, dialect, extra, scale), dialect, keys)
         except Fault as fault:
             problem = fault
@@ -454,6 +455,17 @@ def _several(spec: ModelSpec, readings: Mapping[str, ModelSpec]) -> Fault:
 # ---- one reading
 
 
+def _check_heads(spec: ModelSpec, dialect: Dialect) -> None:
+    """Refuses a head that is not there at any scale before anybody looks for the right one."""
+    faults = []
+    for index, layer in enumerate(spec):
+        if layer.op in REFUSED and layer.op in dialect.words:
+            said = f"{layer.op} of {dialect.program} is {REFUSED[layer.op]}, which is not supported here"
+            faults.append(f"{row_place(index, layer)}: {said}")
+    if faults:
+        raise Fault(*faults)
+
+
 def read_as(spec: ModelSpec, dialect: Dialect, keys: Collection[str]) -> ModelSpec:
     """`spec` as one dialect means it. Raises `Fault` for rows that it cannot mean."""
     if dialect is ONESHOT:
@@ -488,8 +500,6 @@ def _row(
     unread: dict[tuple[str, str], list[int]],
 ) -> LayerSpec:
     place = row_place(index, layer)
-    if layer.op in REFUSED and layer.op in dialect.words:
-        raise Fault(f"{place}: {layer.op} of {dialect.program} is {REFUSED[layer.op]}, which is not supported here")
     op = layer.op
     args = tuple(_word(value, spec) for value in layer.args)
     repeats, named = layer.repeats, {key: _word(value, spec) for key, value in layer.kwargs.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from models.cost import RowCost, totals
@@ -16,6 +17,7 @@ from models.show import value_text
 from models.spec import settled
 
 NOTHING = "-"  # what the other network lacks
+FOLD = 3  # so many rows that came or went together are told in one line
 
 
 @dataclass(frozen=True)
@@ -126,22 +128,13 @@ def table(found: NetworkDiff) -> str:
     if found.same:
         params, macs = found.params[0], found.macs[0]
         return f"the same network: {len(found.rows)} rows, {params:,} parameters, {macs / 1e9:.3f} GMACs"
-    marks = {"added": "+", "removed": "-", "changed": "~"}
-    lines = [("", "row", "module", "params", "MACs", "what differs")]
-    for row in found.rows:
-        if row.kind == "same":
-            continue
-        old, new = (NOTHING if index is None else str(index) for index in (row.before, row.after))
-        lines.append(
-            (
-                marks[row.kind],
-                old if old == new else f"{old} -> {new}",
-                row.module,
-                _step(row.params),
-                _step(row.macs, 1e6, " M"),
-                ", ".join(map(str, row.changes)),
-            )
-        )
+    lines: list[tuple[str, ...]] = [("", "row", "module", "params", "MACs", "what differs")]
+    for kind, group in groupby(found.rows, key=lambda row: row.kind):
+        rows = list(group)
+        if kind in ("added", "removed") and len(rows) >= FOLD:
+            lines.append(_line(kind, rows))
+        elif kind != "same":
+            lines += [_line(kind, [row]) for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = [
         "  ".join(
@@ -164,6 +157,31 @@ def table(found: NetworkDiff) -> str:
     )
 
 
+def _line(kind: str, rows: Sequence[RowDiff]) -> tuple[str, ...]:
+    """The cells of one row, or of rows that came or went together."""
+    old, new = _span([row.before for row in rows]), _span([row.after for row in rows])
+    before, after = (sum(row.params[side] for row in rows) for side in (0, 1))
+    macs_before, macs_after = (sum(row.macs[side] for row in rows) for side in (0, 1))
+    module, told = rows[0].module, ", ".join(map(str, rows[0].changes))
+    if len(rows) > 1:
+        alike = [(name, len(list(group))) for name, group in groupby(row.module for row in rows)]
+        module, told = f"{len(rows)} rows", ", ".join(f"{times} {name}" if times > 1 else name for name, times in alike)
+    return (
+        {"added": "+", "removed": "-", "changed": "~"}[kind],
+        old if old == new else f"{old} -> {new}",
+        module,
+        _step((before, after)),
+        _step((macs_before, macs_after), 1e6, " M"),
+        told,
+    )
+
+
+def _span(indices: Sequence[int | None]) -> str:
+    """``13``, ``13 to 23``, or `NOTHING`: rows that came or went together follow each other."""
+    first, last = indices[0], indices[-1]
+    return NOTHING if first is None else str(first) if first == last else f"{first} to {last}"
+
+
 def _changes(a: Node, b: Node, cost_a: RowCost, cost_b: RowCost, partner: Mapping[int, int]) -> tuple[Change, ...]:
     found = []
     if a.op.name != b.op.name:
@@ -178,6 +196,9 @@ def _changes(a: Node, b: Node, cost_a: RowCost, cost_b: RowCost, partner: Mappin
             found.append(Change(name, value_text(before), value_text(after)))
     if cost_a.shape != cost_b.shape:
         found.append(Change("output", "x".join(map(str, cost_a.shape)), "x".join(map(str, cost_b.shape))))
+    if not found and (cost_a.params, cost_a.macs) != (cost_b.params, cost_b.macs):  # it follows from an earlier row
+        before, after = (", ".join(str(shape.channels) for shape in row.inputs) for row in (a, b))
+        found += [Change("channels in", before, after)] if before != after else []
     return tuple(found)
 
 

@@ -29,6 +29,7 @@ PADDING = 9  # between a box's edge and its text
 SMALL = 6.1  # width of a character of the small text: 10 px, monospaced
 BOLD = 8.3  # width of most characters of the title, 13 px bold, in a wide font
 CORNER = 7  # radius of a line's bends
+SCREEN = 800  # a band that is higher than this tells its stride again
 CAPTION = 74  # height of what stands above the picture in an SVG
 NARROWEST = 640  # width that the caption needs
 
@@ -141,8 +142,10 @@ def _picture(graph: Graph, costs: Sequence[RowCost], imgsz: int, placed: Layout)
     for number, band in enumerate(placed.bands):
         if number % 2 == 0:
             found.append(f'<rect class="band" x="-9999" y="{band.y:g}" width="29999" height="{band.height:g}"/>')
-        found.append(_words(16, band.y + 24, f"stride {band.stride}", "level"))
-        found.append(_words(16, band.y + 40, f"{imgsz // band.stride}×{imgsz // band.stride}", "small"))
+        for again in range(max(1, round(band.height / SCREEN))):
+            y = band.y + again * SCREEN
+            found.append(_words(16, y + 24, f"stride {band.stride}", "level"))
+            found.append(_words(16, y + 40, f"{imgsz // band.stride}×{imgsz // band.stride}", "small"))
     found += [_line(line) for line in placed.lines]
     image = placed.boxes[IMAGE]
     found += [

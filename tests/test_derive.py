@@ -141,9 +141,15 @@ ONE_SOURCE = {name: op for name, op in OPS.items() if not op.file and not op.is_
 SEARCHED = [name for name, op in ONE_SOURCE.items() if {"kernel", "act", "number"} & set(op.parameters)]
 
 
-# What an op asks for behind its channels, and those that halve their map, so they are there once.
+# What an op asks for behind its channels.
 REST = {"A2C2f": "False, ", "ELAN1": "8, 8, ", "RepNCSPELAN4": "8, 8, ", "SPPELAN": "8, "}
-HALVES = ("Focus", "AConv", "ADown", "DownC", "SCDown", "Stem")
+
+
+def halves(name: str) -> bool:
+    """Whether an op halves its map where its row says nothing about it, so that it may be there only once."""
+    row = f"[-1, 1, {name}, [16, {REST.get(name, '')}]]"
+    node = resolve(parse_text(FILE.format(body=row, neck="[-1, 1, Conv, [16]]"))).nodes[2]
+    return node.output.stride != node.inputs[0].stride
 
 
 def open_row(name: str, most: int) -> str:
@@ -153,7 +159,7 @@ def open_row(name: str, most: int) -> str:
     }
     while 2 * math.prod(map(len, given.values())) > most:
         given.popitem()
-    number = "1" if name in HALVES else "{choice: [1, 2]}"
+    number = "1" if halves(name) else "{choice: [1, 2]}"
     arguments = flow({argument: {"choice": options} for argument, options in given.items()})
     return f"[-1, {number}, {name}, [16, {REST.get(name, '')}{arguments}]]"
 

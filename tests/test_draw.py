@@ -116,6 +116,15 @@ def test_lines_side_by_side_take_the_innermost_free_track() -> None:
     assert tracks(pieces) == {(0, "short"): 0, (0, "long"): 1, (0, "far"): 0, (1, "other"): 0}
 
 
+def test_a_high_band_tells_its_stride_again() -> None:
+    graph = resolve(large_net())
+    bands = layout(graph, heights(graph)).bands
+    picture = svg(graph, without_weights(graph), 640)
+    for band in bands:
+        assert picture.count(f">stride {band.stride}</text>") == max(1, round(band.height / 800))
+    assert max(band.height for band in bands) > 1200  # one of them does
+
+
 def hold(graph: Graph, found: Layout) -> None:
     """What every layout has to keep."""
     boxes = list(found.boxes.values())

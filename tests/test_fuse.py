@@ -15,6 +15,7 @@ from models.fuse import Folded, fuse
 from models.graph import normalize, resolve
 from models.network import Network, build, head_maximum
 from models.ops.conv import Conv
+from models.ops.rep import RepConv
 from models.parse import parse
 from models.registry import OPS, register_op
 from models.spec import ModelSpec, Scaling
@@ -79,6 +80,7 @@ def test_a_fused_op_gives_the_same_logits_behind_it(row: str) -> None:
     network = trained(build(spec_with(row)))
     fused = fuse(network)
     assert worst_difference(network, fused, images(64)) < ALLOWED and not has_norms(fused)
+    assert not any(isinstance(module, RepConv) for module in fused.modules())  # each is one convolution now
 
 
 def test_a_norm_that_is_not_folded_would_be_noticed() -> None:

@@ -202,6 +202,32 @@ def test_a_table_of_differences() -> None:
     )
 
 
+def test_rows_that_came_or_went_together_are_told_in_one_line() -> None:
+    rows = "  - [-1, 1, Conv, [16, 3]]\n"
+    more = "  - [-1, 1, SPP, [16]]\n  - [-1, 1, SPP, [16]]\n  - [-1, 1, C3, [16]]\n  - [-1, 2, C3, [16]]\n"
+    with_more = SMALL.replace(rows, rows + more).replace("[-1, -5]", "[-1, -9]").replace("[5, 7]", "[9, 11]")
+    assert table(compared(with_more)).splitlines()[3:6] == [
+        "+  - -> 6 to 9  4 rows  320 (+320)  32.0 M (+32.0)  2 SPP, 2 C3",
+        "~  6 -> 10      Conv                                from 5 -> 9",
+        "~  8 -> 12      Detect                              from [5, 7] -> [9, 11]",
+    ]
+    one, two = read(with_more), read(SMALL)
+    found = table(diff(one, two, counted(one), counted(two)))
+    assert "-  6 to 9 -> -  4 rows  0 (-320)  0.0 M (-32.0)  2 SPP, 2 C3\n" in found
+    assert "rows: 0 added, 4 removed, 2 changed, 7 same\n" in found
+
+
+def test_a_row_that_costs_more_because_of_its_source_says_so() -> None:
+    one, two = read(SMALL), read(SMALL.replace("Conv, [16, 3]]", "Conv, [32, 3]]"))
+    found = diff(one, two, network_costs(one, 64), network_costs(two, 64))
+    told = [[str(change) for change in row.changes] for row in found.rows if row.kind != "same"]
+    assert told == [
+        ["c_out 8 -> 16", "output 8x32x32 -> 16x32x32"],
+        ["channels in 8 -> 16"],
+        ["channels in 8, 32 -> 16, 32"],
+    ]
+
+
 def test_a_choice_is_no_difference_because_its_row_has_moved() -> None:
     open_one = SMALL.replace("[32]]", "[32, {kernel: {choice: [3, 5]}}]]")
     moved = open_one.replace("  - [-1, 2, Bottle", "  - [-1, 1, Conv, [32, 1]]\n  - [-1, 2, Bottle")

@@ -284,6 +284,15 @@ def test_heads_for_something_else_are_named(head: str):
     )
 
 
+def test_a_head_for_something_else_is_named_before_a_scale_is_asked_for():
+    said = told(text(head="[[0, 1], 1, Segment, [nc]]"))
+    assert said == (
+        f"x.yaml:10:5 layer 2 [[0, 1], 1, Segment, [nc]]: Segment of ultralytics 8 is {REFUSED['Segment']}, which is "
+        f"not supported here"
+    )
+    assert "say which one" in told(text(head="[[0, 1], 1, Detect, [nc]]"))
+
+
 def test_heads_for_masks_are_named_in_other_programs_too():
     for rows, head in (("", "DSegment"), ("[-1, 1, ADown, [64]]", "Segment"), ("[-1, 1, C3, [64]]", "Segment")):
         assert "is a head for instance masks" in told(multiples(rows, f"[[0, 1], 1, {head}, [nc, 32, 256]]"))

@@ -15,16 +15,12 @@ from models.ops.csp import csp_shape, start_as_nothing
 from models.ops.dense import dense, gather
 from models.ops.primitives import DEFAULT, Act, Acts, Count, Fraction, Kernel, Kernels, Step, Width, each
 from models.ops.rep import RepConv
-from models.registry import Shape, one_to_one, register_op
+from models.registry import Shape, register_op
 
 LARGE = 7  # kernel of the depth-wise convolution in the middle where it is a large one
 
 
-def scdown_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
-    return one_to_one(inputs, {**args, "groups": 1})
-
-
-@register_op(infer=scdown_shape)
+@register_op()
 class SCDown(nn.Module):
     """1x1 to the channels wanted, then depth-wise to the size wanted, without activation.
 

@@ -447,6 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = chosen_samples(data, options.split, question.classes, options.limit)
 
     print("levels: " + ", ".join(map(str, there)))
+    print(f"on {device}, {torch.get_num_threads()} threads")
     folder = new_run(options.project, options.name, options.exist_ok)
     if options.data is not None and (options.metrics or rule is not None):
         explained = measure(

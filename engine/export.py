@@ -673,6 +673,15 @@ def latency_line(networks: Mapping[str, Network], run: Run, name: str, imgsz: in
 # ---- export.py
 
 
+def check_packages(kind: str, option: str = "--format") -> None:
+    """Raises a Fault where a file of this kind cannot be written here; `option` is how the user asked for it."""
+    absent = [package for package in NEEDED[kind] if find_spec(package) is None]
+    if absent:
+        raise Fault(
+            f"{option} {kind} needs {', '.join(absent)}, not installed here: pip install -e '.[{EXTRAS[kind]}]'"
+        )
+
+
 def described(
     checkpoint: Checkpoint, imgsz: int, network: Network, suppression: Suppression | None, shape: str
 ) -> dict[str, str]:
@@ -770,12 +779,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(options.out) if options.out else weights.with_suffix(ending)
     if out.suffix != ending:
         raise Fault(f"-o {out}: a file of --format {options.format} ends in {ending}: {out.with_suffix(ending)}")
-    absent = [package for package in NEEDED[options.format] if find_spec(package) is None]
-    if absent:
-        extra = EXTRAS[options.format]
-        raise Fault(
-            f"--format {options.format} needs {', '.join(absent)}, not installed here: pip install -e '.[{extra}]'"
-        )
+    check_packages(options.format)
     asked = Suppression(options.conf_thres, options.iou_thres, options.max_det)
     checkpoint = load_checkpoint(weights)
     check_given(task_of(checkpoint.spec), options, parser)

@@ -72,3 +72,6 @@ class SearchConfig(RunConfig):
     retrain_epochs: int | None = Field(
         default=None, ge=1, description="epochs of that; default as many as the search's"
     )
+    export: Literal["off", "onnx", "openvino", "torch"] = Field(
+        default="off", description="also write the best as a file that runs without this program, retrained if any is"
+    )

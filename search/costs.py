@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.structures import Fault
-from models.cost import network_costs, row_cost
-from models.graph import Graph, combinations, resolve
-from models.spec import Choice
+from models.cost import RowCost, network_costs, row_cost
+from models.graph import Graph, Node, combinations, resolve
+from models.ops.primitives import PlainAct
+from models.spec import Choice, choices_in
 from search.space import Architecture
 
 METRICS = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "ms"}  # and their units
@@ -90,11 +92,32 @@ def cost_tables(graph: Graph, imgsz: int) -> dict[str, CostTable]:
             fixed["macs"] += cost.macs
             fixed["params"] += cost.params
             continue
-        counted = [row_cost(node, options, imgsz) for options in combinations(node.choices)]
+        counted = row_costs(node, imgsz)
         shape = [len(choice.options) for choice in node.choices]
         rows["macs"].append((node.choices, np.array([float(c.macs) for c in counted]).reshape(shape)))
         rows["params"].append((node.choices, np.array([float(c.params) for c in counted]).reshape(shape)))
     return {metric: CostTable(metric, fixed[metric], tuple(rows[metric])) for metric in fixed}
+
+
+def row_costs(node: Node, imgsz: int) -> list[RowCost]:
+    """The costs of an open row with each of `combinations` of its options, in their order.
+
+    Activations are not counted, so options that differ in an argument which the op declares as one are counted once.
+    """
+    free = {
+        choice.name
+        for name, value in node.arguments.items()
+        if PlainAct in get_args(node.op.hints.get(name))
+        for choice in choices_in(value)
+    }
+    known: dict[tuple[int, ...], RowCost] = {}
+    found = []
+    for options in combinations(node.choices):
+        key = tuple(choice.index(options[choice.name]) for choice in node.choices if choice.name not in free)
+        if key not in known:
+            known[key] = row_cost(node, options, imgsz)
+        found.append(known[key])
+    return found
 
 
 def parse_budget(text: str) -> Budget:

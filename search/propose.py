@@ -160,8 +160,11 @@ def fit(
     picks = dict(architecture.picks)
     for budget in budgets:
         table = tables[budget.metric]
+        order = rng.permutation(len(table.rows))
+        if table.of(architecture) <= budget.limit and picks == architecture.picks:
+            continue
         cheapest = table.extreme(largest=False)[1]
-        for row in rng.permutation(len(table.rows)):
+        for row in order:
             if table.of(Architecture(picks)) <= budget.limit:
                 break
             picks.update({choice.name: cheapest.picks[choice.name] for choice in table.rows[row][0]})

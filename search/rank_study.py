@@ -29,8 +29,9 @@ from models.parse import dump
 from search.config import SearchConfig
 from search.costs import CostTable, cost_tables
 from search.find import Found, Trial, judge_subnets
-from search.plots import escaped
+from search.plots import Frame, axes, escaped, picture, spanned, words
 from search.rank import regret, spearman, tau_within
+from search.report import write_report
 from search.space import Architecture, SearchSpace
 from search.worker import reopened
 
@@ -62,7 +63,9 @@ class Planned:
 
 
 def study(folder: Path, subnets: int, seeds: int, epochs: int, moved: dict[str, Any], progress: bool = True) -> Path:
-    """Does what of the study in ``folder/rank`` is missing, and writes its page, whose path returns."""
+    """Does what of the study in ``folder/rank`` is missing, and writes its page, whose path returns; the search's own
+    report links to it.
+    """
     out = folder / "rank"
     if not (folder / "last.pt").is_file() or not (folder / "config.yaml").is_file():
         raise Fault(f"{folder}: no folder of a finished search, it lacks last.pt or config.yaml")
@@ -78,7 +81,10 @@ def study(folder: Path, subnets: int, seeds: int, epochs: int, moved: dict[str, 
             curve = trained(trial, config, one, seed, epochs, out, progress)
             write_text(path, json.dumps({**about, "curve": curve, "score": curve[-1]}) + "\n")
     curves = [[curve_of(out / f"{one.number}-{seed}.json", about) for seed in range(seeds)] for one in plan]
-    return write_page(out, trial.task, plan, curves, config.seed)
+    page = write_page(out, trial.task, plan, curves, config.seed)
+    if (folder / "report.html").is_file():
+        write_report(folder)
+    return page
 
 
 def planned(trial: Trial, path: Path, count: int) -> list[Planned]:
@@ -251,38 +257,45 @@ def write_page(
         f"<td>{', '.join(f'{value:.3f}' for value in scores)}</td></tr>"
         for one, scores in zip(plan, scores_MS, strict=True)
     )
-    title = f"{task.titles[0]} by the supernet (across) and trained alone (up), a colour a level of MACs"
+    title = f"{task.titles[0]} of each subnet by the supernet and trained alone, a colour a level of MACs"
     write_text(
         out / "rank.html",
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Rank study</title><style>body{font:16px/1.5 '
         "system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}td,th{padding:.2rem "
-        ".7rem;text-align:left;border-bottom:1px solid #9995}</style>"
+        ".7rem;text-align:left;border-bottom:1px solid #9995}svg{width:100%;max-width:760px;font-size:12px;fill:"
+        "currentColor}.grid{stroke:#9995}</style>"
         f"<h1>Rank study</h1>{''.join(f'<p>{escaped(note)}</p>' for note in notes)}<table><tr>{head}</tr>{body}</table>"
-        f"<h2>{escaped(title)}</h2>{scatter(plan, scores_MS)}<h2>Subnets</h2><table><tr><th>subnet</th><th>level</th>"
+        f"<h2>{escaped(title)}</h2>{scatter(plan, scores_MS, task.titles[0])}<h2>Subnets</h2>"
+        "<table><tr><th>subnet</th><th>level</th>"
         f"<th>MACs</th><th>supernet</th><th>trained alone</th></tr>{each}</table></html>\n",
     )
     return out / "rank.html"
 
 
-def scatter(plan: Sequence[Planned], scores_MS: np.ndarray) -> str:
-    """A dot a subnet, with a line from the least to the largest of its trainings."""
-    x = np.array([one.score for one in plan])
-    low, high = float(scores_MS.min()), float(scores_MS.max())
-
-    def across(value: float) -> float:
-        return 20 + 560 * (value - float(x.min())) / (float(np.ptp(x)) or 1.0)
-
-    def up(value: float) -> float:
-        return 340 - 320 * (value - low) / ((high - low) or 1.0)
-
+def scatter(plan: Sequence[Planned], scores_MS: np.ndarray, score: str) -> str:
+    """A dot a subnet, with a line from the least to the largest of its trainings; `score` is what is compared."""
+    x = [one.score for one in plan]
+    frame = Frame(60, 30, 600, 340, spanned(x), spanned(scores_MS.ravel().tolist()))
     dots = []
     for one, scores in zip(plan, scores_MS, strict=True):
-        colour, at = f"hsl({one.level * 67 % 360} 70% 45%)", across(one.score)
-        line = f'<path d="M{at:.1f} {up(scores.min()):.1f}V{up(scores.max()):.1f}" stroke="{colour}"/>'
-        dots.append(f'{line}<circle cx="{at:.1f}" cy="{up(scores.mean()):.1f}" r="5" fill="{colour}"/>')
-    ends = f'<text x="0" y="358">{x.min():.3f}</text><text x="560" y="358">{x.max():.3f}</text>'
-    ends += f'<text x="0" y="12">{high:.3f}</text><text x="0" y="336">{low:.3f}</text>'
-    return f'<svg viewBox="0 0 620 364" width="620" font-size="12" fill="currentColor">{"".join(dots)}{ends}</svg>'
+        at, mean = frame.at(one.score, float(scores.mean()))
+        low, high = (frame.at(0, float(end))[1] for end in (scores.min(), scores.max()))
+        dots.append(f'<path d="M{at:.1f} {low:.1f}V{high:.1f}" stroke="{colour(one.level)}"/>')
+        dots.append(
+            f'<circle cx="{at:.1f}" cy="{mean:.1f}" r="5" fill="{colour(one.level)}"><title>subnet {one.number}: '
+            f"{one.score:.3f} by the supernet, {', '.join(f'{y:.3f}' for y in scores)} alone</title></circle>"
+        )
+    for place, level in enumerate(sorted({one.level for one in plan})):
+        macs = [one.macs / 1e6 for one in plan if one.level == level]
+        of_level = f"{min(macs):.1f}M" if min(macs) == max(macs) else f"{min(macs):.1f}M to {max(macs):.1f}M"
+        y = 44 + 16 * place
+        dots.append(f'<circle cx="622" cy="{y - 4}" r="5" fill="{colour(level)}"/>{words(634, y, of_level, "key")}')
+    names = f"{score} by the supernet", f"{score} trained alone"
+    return picture(760, 376, " and ".join(names), axes(frame, *names) + "".join(dots))
+
+
+def colour(level: int) -> str:
+    return f"hsl({level * 67 % 360} 70% 45%)"
 
 
 @door

@@ -879,9 +879,12 @@ FILES = {
     "latency.json": "the table of latencies, and how well it predicts",
     "retrain.csv": "{score} inherited, calibrated, fine-tuned and retrained",
     "retrain": "the runs of these trainings",
-    "rank": "of python -m search.rank: its trainings, a file each, and rank.html",
+    "rank/rank.html": "of python -m search.rank: how well the supernet ranks; a file each of its trainings beside it",
     "best.yaml": "the best subnet as a plain model file",
     "best.pt": "its checkpoint, for train.py, val.py, detect.py and export.py",
+    "best.onnx": "of --export: the best, retrained if any is, for onnxruntime and detect.py",
+    "best.xml": "of --export: the same for OpenVINO; its weights are best.bin",
+    "best.pt2": "of --export: the same as a program of torch.export",
     "last.pt": "what a search that was stopped goes on from, with --resume",
     "subnets": "model file and checkpoint of every subnet of the front",
 }

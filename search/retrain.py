@@ -76,6 +76,11 @@ def retrain(
     ]
 
 
+def trained_on(folder: Path, one: Judged) -> Path:
+    """The checkpoint of a subnet that `retrain` has trained."""
+    return folder / "retrain" / f"{one.number}-retrained" / "best.pt"
+
+
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from engine import distributed
 from engine.config import add_options, checked, save_config
 from engine.doors import door, option_parser, parse_options
 from engine.evaluate import calibration_images, check_imgsz
+from engine.export import ANY_SIZE, ENDINGS, Suppression, check_packages, export
 from engine.plan import check_single
 from engine.runs import new_run, write_csv, write_text
 from engine.tasks import Task, check_options, evaluate, task_of
@@ -44,7 +45,7 @@ from search.optimise import importances
 from search.parts import split_train
 from search.propose import argmax
 from search.report import write_report
-from search.retrain import retrain, retrain_table
+from search.retrain import retrain, retrain_table, trained_on
 from search.sandwich import sizes
 from search.space import SearchSpace
 from search.storage import JOURNAL, Limits, Queue, check_address, close, create, open_storage
@@ -82,6 +83,8 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     budgets = [parse_budget(text) for text in config.budget]
     check_form(config.objective, budgets)
     check_address(config.storage)
+    if config.export != "off":
+        check_packages(config.export, "--export")
     if config.latency_device and not config.latency_table:
         raise Fault(f"--latency-device {config.latency_device}: what it takes, --latency-table has to say")
     if config.cfg is None or config.data is None:
@@ -232,11 +235,23 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
             say,
         )
         say(f"\n{task.titles[0]} on the validation images:\n{retrain_table(rows)}")
+    if config.export != "off":
+        first = trained_on(folder, shown[0]) if config.retrain else folder / "best.pt"
+        say(f"\n{config.export} of {first}")
+        for line in export_best(first, folder, config.export):
+            say(line)
     page = write_report(folder)
     for path in (page, folder / "front.csv", folder / "front.png", folder / "best.yaml", folder / "best.pt"):
         say(str(path))
     say(f"{time.perf_counter() - began:.0f} s; train it on with: python train.py --weights {folder / 'best.pt'} ...")
     return SearchResult(folder, tuple(found), tuple(front), folder / "best.pt", folder / "best.yaml", reached)
+
+
+def export_best(weights: Path, folder: Path, kind: str) -> Iterator[str]:
+    """Writes ``best.onnx`` or the like as ``export.py`` does by default, checked and timed; yields a line for each."""
+    how: dict[str, Any] = {"imgsz": None, "asked": Suppression(0.25, 0.45, 300), "inside": False, "source": None}
+    out = folder / f"best{ENDINGS[kind]}"
+    return export(load_checkpoint(weights), kind, out, **how, any_size=kind in ANY_SIZE)
 
 
 def told(task: Task, metrics: Any) -> str:
@@ -288,7 +303,8 @@ def start_folder(
     """A folder for this search with all that is known before it begins; `images` counts those of each part."""
     folder = new_run(config.project, config.name, config.exist_ok)
     before = ("last.pt", "latency.json", "losses.csv", "front.csv", "retrain.csv", "importances.csv")
-    for name in (*before, ABOUT, JOURNAL, f"{JOURNAL}.lock"):  # of the search before
+    exported = (*(f"best{ending}" for ending in ENDINGS.values()), "best.bin")
+    for name in (*before, *exported, ABOUT, JOURNAL, f"{JOURNAL}.lock"):  # of the search before
         (folder / name).unlink(missing_ok=True)
     save_config(folder / "config.yaml", config)
     write_text(folder / "search.yaml", dump(supernet.spec))

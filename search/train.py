@@ -365,7 +365,7 @@ def reopen(config: SearchConfig) -> tuple[SearchConfig, Path, Checkpoint]:
     A search whose supernet is trained goes on with what comes after that.
     """
     assert config.resume is not None
-    movable = options.MOVABLE | {"storage", "trials", "timeout"}
+    movable = options.MOVABLE | {"storage", "trials", "timeout", "export"}
     return options.reopen(config, config.resume, "search.py", movable)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,14 @@ pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 from data.structures import Fault
+from models.cost import row_cost
 from models.graph import normalize, resolve
 from models.parse import parse_text
 from search import blocks, latency
 from search.blocks import BLOCKS, SCRIPT, TIMINGS, WEIGHTS, check_device, export_blocks, foreign_table
-from search.space import SearchSpace
+from search.costs import cost_tables
+from search.latency import row_names
+from search.space import Architecture, SearchSpace
 
 TEXT = """
 nc: 2
@@ -28,7 +32,7 @@ activation: relu
 backbone:
   - [-1, 1, Conv, [16, 3, 2]]
   - [-1, 1, Conv, [32, 3, 2]]
-  - [-1, 1, Conv, [32, 3, 2]]
+  - [-1, 1, Bottleneck, [32, {expansion: {choice: [0.5, 0.25]}}]]
   - [-1, 1, Conv, [16, {kernel: {choice: [1, 3, 5]}, act: {choice: [relu, mish]}}]]
 head:
   - [-1, 1, Classify, [nc]]
@@ -77,11 +81,11 @@ def test_the_whole_road_to_another_device_and_back(graph, timings: Path, tmp_pat
     table = read(timings, graph)
     key = table.key
     assert (key.device, key.runtime, key.threads, key.imgsz) == (DEVICE, "onnxruntime", 1, 64)
-    assert len(table.entries) == 6 and len(table.validation.subnets) == 3 and table.spread_ms >= 0
+    assert len(table.entries) == 2 + 6 and len(table.validation.subnets) == 6 and table.spread_ms >= 0
     content = json.loads(timings.read_text())
-    assert {f"row3-{n}.onnx" for n in range(6)} <= set(content["timings"]) and len(content["again"]) == 3
+    assert {f"row3-{n}.onnx" for n in range(6)} <= set(content["timings"]) and len(content["again"]) == 6
     assert table.lines()[0].startswith(f"latency on {DEVICE}, onnxruntime, 1 threads, 64 px: ")
-    for number in range(6):
+    for number in range(12):
         measured = content["timings"][f"subnet{number}.onnx"]["ms"]
         assert table.cost.of(SearchSpace.of(graph.spec).at(number)) == pytest.approx(measured, rel=5)
     latency.write_table(tmp_path / "latency.json", table)  # as a run keeps it, and goes on with it
@@ -93,10 +97,37 @@ def test_all_files_share_their_weights(timings: Path) -> None:
     folder = timings.parent
     content = json.loads((folder / BLOCKS).read_text())
     files = [one["file"] for one in content["rows"] + content["subnets"]]
-    assert len(files) == 12 and all((folder / name).stat().st_size < 40_000 for name in files)
+    assert len(files) == 8 + 12 and all((folder / name).stat().st_size < 40_000 for name in files)
     open_weights = 4 * 2 * 16 * 32 * (1 + 9 + 25)  # of three kernels, with each of two activations
     assert (folder / WEIGHTS).stat().st_size > open_weights
     assert (folder / SCRIPT).read_text() == Path(blocks.__file__).with_name(SCRIPT).read_text()
+
+
+def test_rows_and_subnets_are_as_wide_as_they_say(graph, timings: Path) -> None:
+    """Counted in the files: kernels times the cells of their maps are the multiply-adds of the tables."""
+    import onnx
+
+    folder = timings.parent
+    content = json.loads((folder / BLOCKS).read_text())
+    cells = {node.index: 1 if node.op.is_head else (64 // node.output.stride) ** 2 for node in graph.nodes}
+
+    def macs(name: str, row: int | None = None) -> int:
+        """Initializers of a subnet are called by their rows."""
+        values = onnx.load(folder / name, load_external_data=False).graph.initializer
+        rows = [int(value.name.partition("/")[0]) if row is None else row for value in values]
+        return sum(math.prod(v.dims) * cells[at] for v, at in zip(values, rows, strict=True) if len(v.dims) in (2, 4))
+
+    counted = {}
+    for one in content["rows"]:
+        counted[one["row"], Architecture(one["picks"])] = found = macs(one["file"], one["row"])
+        assert found == row_cost(graph.nodes[one["row"]], one["picks"], 64).macs > 0
+    space, fixed, table = SearchSpace.of(graph.spec), set(), cost_tables(graph, 64)["macs"]
+    for one in content["subnets"]:
+        subnet = space.at(one["number"])
+        of_rows = sum(counted[name] for name in row_names(graph, subnet) if name in counted)
+        assert macs(one["file"]) == table.of(subnet)
+        fixed.add(table.of(subnet) - of_rows)
+    assert fixed == {table.fixed} and len(set(counted.values())) == 2 + 3
 
 
 def test_a_folder_that_holds_something_is_left_alone(graph, timings: Path) -> None:

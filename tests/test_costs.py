@@ -11,8 +11,8 @@ import torch
 from small import TWO_ROWS
 
 from data.structures import Fault
-from models.cost import network_costs, totals
-from models.graph import normalize, resolve
+from models.cost import network_costs, row_cost, totals
+from models.graph import combinations, normalize, resolve
 from models.parse import parse_text
 from models.spec import Choice
 from models.supernet import Supernet
@@ -23,6 +23,7 @@ from search.costs import (
     cost_tables,
     format_cost,
     parse_budget,
+    row_costs,
     with_unit,
     within,
 )
@@ -124,6 +125,16 @@ def test_numbers_are_shown_with_their_units():
     assert with_unit("params", 2_512_000) == "2.512M parameters"
     assert with_unit("latency_ms", 12.345) == "12.3 ms"
     assert str(Budget("latency_ms", 12.0)) == "latency_ms=12" and str(Budget("macs", 9e8)) == "macs=900.000M"
+
+
+def test_a_row_is_counted_once_for_all_activations_and_as_if_it_were_not(monkeypatch):
+    row = "[-1, {choice: [1, 2]}, C3, [8, {kernel: {choice: [1, 3]}, act: {choice: [relu, mish]}}]]"
+    text = f"nc: 2\nanchors: [[9, 9]]\nbackbone:\n  - {row}\nhead:\n  - [-1, 1, Detect, [nc, anchors]]\n"
+    node = resolve(normalize(parse_text(text))).nodes[0]
+    each = [row_cost(node, options, 32) for options in combinations(node.choices)]
+    counted = []
+    monkeypatch.setattr("search.costs.row_cost", lambda *given: counted.append(given) or row_cost(*given))
+    assert row_costs(node, 32) == each and len(each) == 8 and len(counted) == 4 == len(set(each))
 
 
 def test_a_budget_that_nothing_meets_names_the_smallest_value(tables):

@@ -48,6 +48,7 @@ from models.supernet import Supernet
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
+STEPS = {"shared": 1, "independent": 1, "merge": 1, "sandwich": 3}  # subnets or mixtures in a weight step of a search
 
 
 # ---- what each process does
@@ -191,20 +192,26 @@ def fit(world: World, folder: Path) -> dict[str, Any]:
 
 
 def find(world: World, folder: Path) -> dict[str, Any]:
-    """A search of each kind of supernet: every subnet that ran, in order, and where alphas and weights ended."""
+    """A search of each kind: every subnet or mixture that ran, in order, and where alphas and weights ended."""
     found = {}
-    for kind in ("shared", "independent"):
+    for kind in STEPS:
         ran: list[str] = []
-        activate = Supernet.activate
+        activate, mixed = Supernet.activate, Supernet.mixed
 
         def noted(self: Supernet, picks: Any, ran: list[str] = ran, activate: Any = activate) -> None:
             ran.append(str(sorted(picks.items())))
             activate(self, picks)
 
-        Supernet.activate = noted  # type: ignore[method-assign]
-        task = a_task(folder / "data.yaml", kind, weights_seed=world.rank, batch_size=4)
+        def noted_gates(self: Supernet, gates: Any, ran: list[str] = ran, mixed: Any = mixed) -> Any:
+            ran.append(str({name: [value.hex() for value in gate.tolist()] for name, gate in gates.items()}))
+            return mixed(self, gates)
+
+        Supernet.activate, Supernet.mixed = noted, noted_gates  # type: ignore[method-assign]
+        how = {"sandwich": True} if kind == "sandwich" else {}
+        supernet_kind = "shared" if kind == "sandwich" else kind
+        task = a_task(folder / "data.yaml", supernet_kind, weights_seed=world.rank, batch_size=4, **how)
         supernet = task.run(folder / kind)
-        Supernet.activate = activate  # type: ignore[method-assign]
+        Supernet.activate, Supernet.mixed = activate, mixed  # type: ignore[method-assign]
         alphas = [[value.hex() for value in alpha.tolist()] for alpha in supernet.alphas]
         found[kind] = {"ran": ran, "alphas": alphas, "weights": digest(supernet.network)}
     return found
@@ -285,10 +292,10 @@ def test_a_killed_training_of_two_processes_ends_as_if_it_had_not_been(
     assert one.training is not None and one.training["processes"] == 2
 
 
-@pytest.mark.parametrize("kind", ["shared", "independent"])
+@pytest.mark.parametrize("kind", STEPS)
 def test_a_search_runs_the_same_subnets_and_ends_with_equal_alphas(kind: str, notes: list[dict[str, Any]]) -> None:
     first, second = (note["find"][kind] for note in notes)
-    assert len(first["ran"]) == 8 + 2 + 1 and len(set(first["ran"])) > 4
+    assert len(first["ran"]) == STEPS[kind] * 8 + 2 + 1 and len(set(first["ran"])) > 4
     assert first["ran"] == second["ran"]
     assert first["alphas"] == second["alphas"]  # bit for bit
     assert any(float.fromhex(value) for alpha in first["alphas"] for value in alpha)

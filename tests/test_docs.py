@@ -90,6 +90,15 @@ def test_a_command_of_the_page_prints_what_stands_there(block, folder, capsys):
         assert alike(shown, captured.out + captured.err), captured.out + captured.err
 
 
+def test_an_op_of_this_program_that_the_page_shows_is_that_op():
+    (shown,) = [block.text.partition("\n")[2] for block in BLOCKS if block.file == "cib.py"]
+    imports, _, written = shown.partition("\n\n\n")
+    ours = (Path(parse.__file__).parent / "ops" / "cib.py").read_text()
+    assert written and written in ours
+    wanted = {name for line in imports.splitlines() for name in re.findall(r"\w+", line.partition(" import ")[2])}
+    assert wanted and wanted <= set(re.findall(r"\w+", ours[: ours.index("@register_op")]))
+
+
 def test_the_two_rows_that_are_said_to_be_the_same_are_the_same():
     (fragment,) = [block for block in BLOCKS if block.kind == "yaml fragment"]
     _, one, two, _ = resolve(parse_text(HOST.format(rows=fragment.text))).nodes

@@ -59,7 +59,7 @@ def test_every_file_of_a_run_stands_there() -> None:
 def test_the_commands_are_commands() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line in lines:
         program, *words = shlex.split(line, comments=True)
         assert program == "python"

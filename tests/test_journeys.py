@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import pytest
 
 from data.shapes import draw_shapes
 from engine.evaluate import main as val
+from engine.export import ENDINGS, NEEDED, PACKAGES
 from engine.infer import main as detect
 from engine.train import main as train
 from models.parse import parse
@@ -165,7 +167,7 @@ def test_ctrl_c_keeps_the_front_that_was_reached_and_the_search_goes_on(data: Pa
     assert len(rows_of(run / "front.csv")) == 4 and (run / "best.pt").is_file()
 
 
-def test_the_best_of_a_front_are_retrained_and_four_aps_stand_side_by_side(data: Path, capsys):
+def test_the_best_of_a_front_are_retrained_and_the_first_of_them_leaves_as_a_file(data: Path, capsys, monkeypatch):
     folder = data.parent
     (folder / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
     options = ["--cfg", folder / "search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4", "--imgsz", "64"]
@@ -178,8 +180,19 @@ def test_the_best_of_a_front_are_retrained_and_four_aps_stand_side_by_side(data:
     assert len(rows_of(run / "retrain" / f"{row['subnet']}-retrained" / "results.csv")) == 2
     assert len(rows_of(run / "retrain" / f"{row['subnet']}-fine-tuned" / "results.csv")) == 1
     capsys.readouterr()
-    assert search(["--resume", str(run)]) == 0  # what is trained is not trained again
-    assert "fine-tuned:" not in capsys.readouterr().out and len(rows_of(run / "retrain.csv")) == 1
+    kind = "torch" if any(find_spec(name) is None for name in PACKAGES) else "onnx"
+    assert search(["--resume", str(run), "--export", kind]) == 0  # what is trained is not trained again
+    told = capsys.readouterr().out
+    assert "fine-tuned:" not in told and len(rows_of(run / "retrain.csv")) == 1
+    file = run / f"best{ENDINGS[kind]}"
+    assert f"{kind} of {run / 'retrain' / row['subnet']}-retrained/best.pt" in told and "parity: boxes" in told
+    assert f'href="{file.name}"' in (run / "report.html").read_text()
+    found = ["--weights", file, "--source", data.parent / "images" / "val", "--project", folder / "of-a-file"]
+    assert detect(list(map(str, found))) == 0
+    capsys.readouterr()
+    monkeypatch.setitem(NEEDED, "onnx", ("gone",))
+    assert search([*map(str, options), "--export", "onnx"]) == 2
+    assert capsys.readouterr().err == "--export onnx needs gone, not installed here: pip install -e '.[export]'\n"
 
 
 def test_a_latency_budget_is_priced_by_a_table_and_kept_by_measurement(data: Path, capsys, monkeypatch):
@@ -216,6 +229,7 @@ def test_two_processes_search_as_one(data: Path):
     (folder / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
     options = ["--cfg", folder / "search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4", "--imgsz", "64"]
     options += ["--candidates", "2", "--calibration", "8", "--project", folder / "two", "--retrain", "1"]
+    options += ["--supernet", "merge"]  # an epoch of mixtures, and one of subnets
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "search.py"]
     done = subprocess.run([*started, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -58,7 +58,7 @@ nc: 2
 anchors: [[10, 13, 16, 30]]
 backbone:
   - [-1, 1, Conv, [8, 3, 2]]
-  - [-1, {choice: [1, 2]}, Bottleneck, [8, {kernel: {choice: [3, 5]}}]]
+  - [-1, {choice: [1, 2]}, Bottleneck, [8, {kernel: {choice: [3, 5]}, expansion: {choice: [0.5, 0.25]}}]]
 head:
   - [[-1, 0], 1, Concat, [1]]
   - [-1, 1, Conv, [16, 3, 2, {act: {choice: [relu, mish]}}]]
@@ -228,7 +228,7 @@ def test_a_subnet_of_shared_rows_is_the_subnet(small, monkeypatch):
 def test_few_subnets_hold_every_row_with_every_pick(small):
     blocks = [(node.index, picks) for node in small.nodes if node.choices for picks in combinations(node.choices)]
     found = covering(small, blocks)
-    assert len(found) == 4
+    assert len(found) == 8
     assert all(any(picks.items() <= one.picks.items() for one in found) for _, picks in blocks)
     assert covering(small, []) == []
 
@@ -236,8 +236,8 @@ def test_few_subnets_hold_every_row_with_every_pick(small):
 def test_a_table_is_measured_on_this_device_and_comes_back(small, tmp_path):
     table = latency_table(small, 32, device=CPU, progress=False, seconds=0.0)
     assert table.key == key_of(small, 32, CPU, "torch")
-    assert len(table.entries) == 6 and table.kind in ("table", "regression")
-    assert len(table.validation.subnets) == 4, "half of a space of 8"
+    assert len(table.entries) == 10 and table.kind in ("table", "regression")
+    assert len(table.validation.subnets) == 8, "half of a space of 16"
     assert table.cost.metric == "latency_ms" and np.isfinite(table.cost.extreme(largest=True)[0])
     if table.fixed_ms > 0:  # rows of a few microseconds on a busy machine need not add up
         write_table(tmp_path / "latency.json", table)
@@ -252,7 +252,8 @@ needs_onnx = pytest.mark.skipif(
 @needs_onnx
 def test_in_onnxruntime_a_network_of_joined_rows_is_the_network(small):
     torch.manual_seed(0)
-    network = Network(resolve(small.spec.freeze({"1.kernel": 5, "1.number": 2, "3.act": "mish"}))).eval()
+    picks = {"1.kernel": 5, "1.expansion": 0.25, "1.number": 2, "3.act": "mish"}
+    network = Network(resolve(small.spec.freeze(picks))).eval()
     (run,) = onnx_runs([network], 32, CPU, progress=False)
     with torch.no_grad():
         wanted = network.predict(image_of(32, CPU))

@@ -80,7 +80,9 @@ def test_a_study_of_a_search_goes_on_where_it_was(tmp_path: Path, capsys, monkey
     assert main([*ask, "2"]) == 0
     assert len(trainings) == 6 and sorted({config.seed for config in trainings}) == [0, 1]
     page = (folder / "rank" / "rank.html").read_text()
-    assert "another seed" in page and "<circle" in page and "http" not in page
+    assert "another seed" in page and page.count("<title>subnet ") == 3 and "http" not in page
+    assert "top-1 by the supernet" in page and "top-1 trained alone" in page
+    assert 'href="rank/rank.html"' in (folder / "report.html").read_text()
     content = json.loads((folder / "rank" / "rank.json").read_text())
     assert np.array(content["scores"]).shape == (3, 2) and not list((folder / "rank").rglob("*.pt"))
     assert main([*ask, "2"]) == 0 and len(trainings) == 6

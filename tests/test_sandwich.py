@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_gradients import a_batch, architectures, supernet
-from test_resume import a_task, assert_same, data
+from test_resume import Task, a_task, assert_same, data
 from test_train import Killed, kill_before
 from torch import nn
 
@@ -116,8 +116,11 @@ def test_every_weight_gets_a_gradient_within_a_few_windows() -> None:
 def test_the_step_s_loss_is_the_mean_of_the_three_and_the_largest_teaches(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert_the_largest_teaches(a_task(data, "shared", sandwich=True), tmp_path, monkeypatch)
+
+
+def assert_the_largest_teaches(task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first step, against whole passes: ``(L + (L + D) / 2 + (L + D) / 2) / 3``, D against the largest."""
-    task = a_task(data, "shared", sandwich=True)
     seen: dict[str, Any] = {}
     taught = []
 
@@ -145,7 +148,7 @@ def test_the_step_s_loss_is_the_mean_of_the_three_and_the_largest_teaches(
     real = sandwich.add_sandwich
     monkeypatch.setattr(training, "add_sandwich", first)
     said: list[str] = []
-    task.run(tmp_path, said.append)
+    task.run(folder, said.append)
     assert seen["found"]["loss"] == pytest.approx(seen["expected"], rel=1e-4)
     assert seen["found"]["distill"] == pytest.approx(sum(taught) / 3, rel=1e-4) and min(taught) > 0
     assert teaching_note(task.supernet.network) in said and "the largest teaches the others" in "".join(said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from data.shapes import draw_shapes
 from data.structures import Fault, Targets
 from engine.calibrate import calibrate
+from engine.latency import measure_ms
 from models.__main__ import main as models_main
 from models.checkpoint import load_checkpoint, restore, warm_start
 from models.cost import count_params, network_costs, row_cost, totals
@@ -177,11 +178,11 @@ def test_a_derived_network_gives_what_the_subnet_gave(name: str, data: st.DataOb
         found = rebuilt.eval()(x)[0]
     limit = 1e-5 * head_maximum(expected)
     assert largest_difference(expected, found) <= limit and largest_difference(expected, full) <= limit
-    params, macs = totals(network_costs(rebuilt.graph, 32))
+    costs = network_costs(rebuilt.graph, 32)
+    params, macs = totals(costs)
     assert params == count_params(rebuilt) <= count_params(net.network)
     counted = row_cost(net.network.graph.nodes[1], dict(architecture.picks), 32)  # which the tables are made of
-    fixed = [cost for index, cost in enumerate(network_costs(rebuilt.graph, 32)) if index != 1]
-    assert totals([counted, *fixed]) == (params, macs)
+    assert totals([costs[0], counted, *costs[2:]]) == (params, macs)
 
 
 @pytest.mark.parametrize("norms", ["shared", "k_act"])
@@ -210,18 +211,19 @@ def test_the_tree_of_subnets_gives_what_each_gives_alone(images, calibration) ->
 @pytest.mark.parametrize("name", ["BottleneckCSP", "BottleneckCSP2", "C3", "C2f", "C3k2", "MBConv"])
 def test_every_channel_gets_a_gradient_within_the_fair_windows_of_its_options(name: str) -> None:
     """Each weight of a channel, not only each tensor; and a step of a width moves nothing beyond it."""
-    net = fresh(name)
-    total: dict[str, Tensor] = {}
+    net, x = fresh(name), images_of()
+    missing = {key: torch.ones(len(parameter), dtype=torch.bool) for key, parameter in net.network.named_parameters()}
     for step in range(36):
         net.zero_grad(set_to_none=True)
         net.activate(net.picks(fair_options(net.decisions, seed=0, step=step)))
-        sum(y.square().mean() for y in net.network(images_of())[0]).backward()
+        sum(y.square().mean() for y in net.network(x)[0]).backward()
         for key, parameter in net.network.named_parameters():
-            if parameter.grad is not None:
-                total[key] = total.get(key, 0) + parameter.grad.abs()
-    for key, parameter in net.network.named_parameters():
-        reached = total[key].flatten(1).sum(1) if parameter.dim() > 1 else total[key]
-        assert (reached > 0).all(), key
+            if key in missing and parameter.grad is not None:
+                missing[key] &= ~parameter.grad.flatten(1).any(1) if parameter.dim() > 1 else parameter.grad == 0
+        missing = {key: channels for key, channels in missing.items() if channels.any()}
+        if not missing:
+            break
+    assert not missing
 
 
 def test_a_step_of_a_narrow_subnet_moves_its_own_channels_only() -> None:
@@ -342,7 +344,7 @@ FILES = {  # subnets; the plain file whose network the first options are
     "yolov5n-search": (24**3 * 36 * 12**4, "yolov5n"),
     "yolov5s-search": (24**3 * 36 * 12**4, "yolov5s"),
     "yolov8n-search": (24**2 * 36**2 * 12**4, "yolov8n"),
-    "tiny-wide-search": (72**4 * 2**2, None),
+    "tiny-wide-search": (107_495_424, None),  # 72^4 * 2^2
 }
 
 
@@ -357,10 +359,6 @@ def test_a_file_spans_as_many_subnets_as_it_says_and_starts_as_its_plain_one(nam
         first = graph.spec.freeze({choice.name: choice.options[0] for choice in space.choices})
         here, there = (network_costs(one, 640) for one in (resolve(first), load_graph(CFG / f"{plain}.yaml")))
         assert [(row.params, row.macs, row.shape) for row in here] == [(r.params, r.macs, r.shape) for r in there]
-
-
-def test_the_space_of_ten_to_the_eighth() -> None:
-    assert SearchSpace.of(normalize(parse(CFG / "tiny-wide-search.yaml"))).size == 107_495_424
 
 
 def test_the_command_prints_the_size_of_the_space(capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,12 +397,18 @@ def test_weights_of_the_plain_network_are_a_start_whatever_is_wider_or_deeper(na
 
 
 def test_a_search_through_ten_to_the_eighth_ends_in_a_plain_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the file's own space, with fewer repeats of what is not open."""
+    monkeypatch.setattr("search.propose.DRAWS", 400)
+    monkeypatch.setattr("search.find.measure_ms", partial(measure_ms, rounds=3, warmup=1))
+    text = (CFG / "tiny-wide-search.yaml").read_text()
+    assert "depth_multiple: 0.33" in text
+    (tmp_path / "wide.yaml").write_text(text.replace("depth_multiple: 0.33", "depth_multiple: 0.05"))
     data = draw_shapes(tmp_path / "shapes", train=24, val=2, size=64, seconds=0)
-    options = ["--cfg", CFG / "tiny-wide-search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4"]
+    options = ["--cfg", tmp_path / "wide.yaml", "--data", data, "--epochs", "2", "--batch-size", "4"]
     options += ["--imgsz", "64", "--candidates", "2", "--calibration", "4", "--arch-every", "2", "--device", "cpu"]
-    options += ["--project", tmp_path / "runs", "--budget", "params=2M"]
+    options += ["--project", tmp_path / "runs", "--budget", "params=1.8M"]
     assert main(list(map(str, options))) == 0
     assert "107,495,424" in capsys.readouterr().out
     folder = tmp_path / "runs" / "exp"
@@ -413,4 +417,4 @@ def test_a_search_through_ten_to_the_eighth_ends_in_a_plain_file(
     assert not spec.choices and rows[0] == rows[1]
     widths = [layer.kwargs["expansion"] for layer in spec if "expansion" in layer.kwargs]
     assert len(widths) == 6 and set(widths) <= {0.25, 0.5, 0.75, 1.0}
-    assert count_params(network) <= 2e6 and not list(elastic_leaves(network))
+    assert count_params(network) <= 1.8e6 and not list(elastic_leaves(network))

@@ -25,7 +25,11 @@ DEMO_CANDIDATES     := 6
 DEMO_RECIPE         := --batch-size 8 --lr0 0.003 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 \
                        --hsv-h 0 --hsv-s 0 --hsv-v 0 --cls 2 --amp off
 
-.PHONY: help .venv test lint demo clean
+# Programs that benches are held against, each in its own place. make bench does without those that are not there.
+PEERS := runs/peers
+PEERS_PYTHON := $(PEERS)/python/bin/python
+
+.PHONY: help .venv test lint demo bench peers clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -80,6 +84,21 @@ demo: $(INSTALLED)  ## draw a data set, search, derive, retrain, detect
 	@echo "boxes on images           $(DEMO)/images/"
 	@echo "boxes on a video          $(DEMO)/video/video.mp4"
 	@echo "the detector              $(DEMO)/train/best.pt, described by $(DEMO)/search/best.yaml"
+
+bench: $(INSTALLED)  ## the claims of speed, under an hour; writes bench/RESULTS.md. KEEP=yes keeps what was measured
+	$(PY) bench/report.py --measure $(if $(KEEP),--keep)
+
+# Cloning and installing need a network. What could not be had is said in a line, and make bench says so again.
+peers: $(INSTALLED)  ## the programs that benches are held against, into runs/peers
+	@mkdir -p $(PEERS)
+	@[ -x $(PEERS_PYTHON) ] || $(PY) -m venv $(PEERS)/python
+	@$(PEERS_PYTHON) -m pip install -q -c constraints.txt -r bench/peers.txt \
+	    && $(PEERS_PYTHON) -m pip install -q --no-deps ultralytics==8.4.190 \
+	    || { rm -rf $(PEERS)/python; echo "peers: packages could not be installed; is there a network?"; }
+	@[ -d $(PEERS)/yolov5 ] || git clone -q --depth 1 --branch v7.0 \
+	    https://github.com/ultralytics/yolov5 $(PEERS)/yolov5 || echo "peers: yolov5 could not be cloned"
+	@[ -d $(PEERS)/ScaledYOLOv4 ] || git clone -q --depth 1 --branch yolov4-large \
+	    https://github.com/WongKinYiu/ScaledYOLOv4 $(PEERS)/ScaledYOLOv4 || echo "peers: ScaledYOLOv4 could not be cloned"
 
 clean:  ## remove the environment and caches; runs/ and datasets/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 python -m venv peers && peers/bin/python -m pip install grad-cam     # brings torch and torchvision
 python bench/explain.py --peers peers/bin/python                     # under a minute
 python bench/explain.py --seconds                                    # how long 420 images take, from 32 of them
+python bench/explain.py --show                                       # the table of what was measured
 
 The peer runs in the environment given by --peers and nothing of it is imported here. It makes torchvision's ResNet-18
 with random weights and running statistics and explains the likeliest class of random images on layer1 to layer4: its
@@ -168,6 +169,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", help="the python of an environment with grad-cam and torchvision")
     parser.add_argument("--seconds", action="store_true", help="how long measuring takes on this machine")
+    parser.add_argument("--out", type=Path, default=RESULTS / "explain.json", help="where the result goes")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
@@ -180,13 +183,16 @@ def main() -> int:
         for name, seconds in timed().items():
             print(f"{name}: {seconds:.0f} s for {WHOLE} images of 128 px")
         return 0
-    if not options.peers:
-        parser.error("--peers or --seconds is needed")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = compared(options.peers, Path(folder))
+    if not options.show:
+        if not options.peers:
+            parser.error("--peers, --seconds or --show is needed")
+        with tempfile.TemporaryDirectory() as folder:
+            rows = compared(options.peers, Path(folder))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.out, json.dumps(rows, indent=1) + "\n")
+    rows = json.loads(options.out.read_text())
     shown = [{**row, "largest difference": f"{row['largest difference']:.1e}"} for row in rows]
     print(table([list(row.values()) for row in shown], list(shown[0])))
-    write_text(RESULTS / "explain.json", json.dumps(rows, indent=1) + "\n")
     return 0 if all(row["right"] for row in rows) else 1
 
 

@@ -41,14 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--boxes", type=int, default=7, help="in each image")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the result goes")
     parser.add_argument("--show", action="store_true", help="only the table of what was measured")
     options = parser.parse_args(argv)
     if not options.show:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
             result = measure(Path(folder) / "set", options.images, options.boxes, options.repeats)
-        write_text(RESULT, json.dumps(result, indent=1) + "\n")
-    result = json.loads(RESULT.read_text())
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
+    result = json.loads(options.out.read_text())
     ratio = result["read_s"] / result["cached_s"]
     print(f"{result['images']:,} images, {result['boxes']} boxes each; a cache of {result['megabytes']:.1f} MB")
     print(f"read    {result['read_s']:8.2f} CPU s, the fastest of {result['repeats']}")

@@ -1,0 +1,199 @@
+"""The page of results and the tables of the README say what bench/results says; how they are made."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from bench.faults import Ended, Place, Strike, Whole, cpu_seconds, lost
+from bench.report import CLAIMS, QUICK, Ratio, Table, made, parts
+from engine.runs import table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[Path, str]:
+    return report.pages()
+
+
+def test_writing_the_pages_again_changes_nothing(pages):
+    stale = [path.name for path, text in pages.items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "python bench/report.py writes them"
+
+
+def test_the_readme_has_the_table_of_speed(pages):
+    assert str(report.speed()) in pages[ROOT / "README.md"]
+    assert str(report.speed()) in pages[report.PAGE]
+
+
+def test_every_claim_of_speed_has_its_result():
+    assert [claim.file for claim in CLAIMS if report.read(claim.file) is None] == []
+    assert {claim.bench for claim in CLAIMS} <= {quick.bench for quick in QUICK}
+
+
+def test_every_bench_of_the_page_is_there():
+    named = [name for names in report.SECTIONS.values() for name in names]
+    assert [name for name in named if not (ROOT / "bench" / f"{name}.py").exists()] == []
+    assert len(named) == len(set(named))
+
+
+def test_a_ratio_is_theirs_by_ours_with_its_interval_turned():
+    read = report.ours_by_theirs("wall")
+    ratio = read({"wall": {"ratio": 0.5, "interval": [0.4, 0.8]}})
+    assert (ratio.times, ratio.low, ratio.high) == (2.0, 1.25, 2.5)
+    assert str(ratio) == "2.00 (1.25 to 2.50)"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (Ratio(214.4, 196.7, 239.9), "214 (197 to 240)"),
+        (Ratio(5.828), "5.8"),
+        (Ratio(2.881, 2.66, 3.28), "2.88 (2.66 to 3.28)"),
+    ],
+)
+def test_a_ratio_in_words(ratio, text):
+    assert str(ratio) == text
+
+
+def test_ratios_agree_where_their_intervals_meet():
+    assert Ratio(1.0, 0.9, 1.1).agrees(Ratio(1.2, 1.05, 1.3))
+    assert not Ratio(1.0, 0.9, 1.1).agrees(Ratio(1.3, 1.2, 1.4))
+    assert Ratio(5.8).agrees(Ratio(5.0))
+    assert not Ratio(5.8).agrees(Ratio(4.0))
+
+
+def test_tables_are_read_back_as_they_were_shown():
+    header, rows = ("", "AP", "one, two"), [("a, b", 0.5, "x"), ("c", None, "")]
+    text = f"before\n\n{table(rows, header)}\nafter it\n"
+    assert parts(text) == ["before", Table(header, (("a, b", "0.500", "x"), ("c", "-", ""))), "after it"]
+
+
+def test_tables_that_follow_each_other_stay_two():
+    text = f"{table([('a', 1)], ('n', 'm'))}\n{table([('b', 2)], ('long name', 'm'))}"
+    assert parts(text) == [Table(("n", "m"), (("a", "1"),)), Table(("long name", "m"), (("b", "2"),))]
+
+
+def test_a_table_turned():
+    whole = Table(("m", "n", "v", "w"), (("r", "1", ".5", "-"), ("r", "2", ".6", "-"), ("e", "2", ".9", "-")))
+    assert whole.pivoted("m", "n", "v") == Table(("", "1", "2"), (("r", ".5", ".6"), ("e", "", ".9")))
+
+
+def test_markers_are_filled(monkeypatch):
+    monkeypatch.setattr(report, "TABLES", {"one": lambda: Table(("a",), (("b",),))})
+    page = "text\n\n<!-- bench: one -->\nold\n<!-- end -->\nrest"
+    new = "text\n\n<!-- bench: one -->\n| a |\n| --- |\n| b |\n<!-- end -->\nrest"
+    assert report.filled(page) == new
+    assert report.filled(new) == new
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in the place of bench/results, in a root of its own."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    monkeypatch.setattr(report, "RESULTS", folder)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return folder
+
+
+def test_what_was_kept_has_its_date_and_machine(results, tmp_path):
+    now = tmp_path / "now"
+    now.mkdir()
+    (now / "nms-eval.json").write_text('{"new": true}')
+    (results / "made.json").write_text('{"*": ["2026-01-01", "an old machine"]}')
+    (results / "nms-eval.json").write_text('{"new": false}')
+    assert report.keep(now) == 1
+    assert json.loads((results / "nms-eval.json").read_text()) == {"new": True}
+    assert made("nms-eval.json")[0] > "2026-01-01"
+    assert made("nms-one-1000.json") == ("2026-01-01", "an old machine")
+    assert not (now / "nms-eval.json").exists()
+
+
+def test_a_peer_that_is_not_there_is_a_line(results, tmp_path, monkeypatch, capsys):
+    (results / "made.json").write_text('{"*": ["2026-01-01", "an old machine"]}')
+    missing = report.Quick("forward", (), needs=(tmp_path / "runs" / "peers" / "yolov5",))
+    monkeypatch.setattr(report, "QUICK", (missing,))
+    assert report.measure(["forward"], tmp_path / "now") == 0
+    assert capsys.readouterr().out == (
+        "forward: runs/peers/yolov5 is not there; what was measured stays: 2026-01-01 on an old machine\n"
+    )
+
+
+JOURNEYS = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+NAMES = sorted(set(re.findall(r"`((?:data|models|engine|search)(?:\.\w+)+)(?<!\.py)`", JOURNEYS)))
+
+
+def test_the_journeys_name_many_functions():
+    assert len(NAMES) > 40
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_the_journeys_is_there(name):
+    room, module, *inside = name.split(".")
+    thing = importlib.import_module(f"{room}.{module}")
+    for part in inside:
+        assert hasattr(thing, part), name
+        thing = getattr(thing, part)
+
+
+# ---- bench/faults.py: what it takes for a clear end, and for a loss
+
+
+BARS = (
+    "\r                                          \r",
+    "detect: 0image [00:00, ?image/s]",
+    "supernet:  50%|#####     | 6/12 [00:01<00:01,  5.02step/s, epoch=2, loss=.3]",
+)
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_a_bar_of_progress_is_no_line(bar):
+    ended = Ended("train", 2, "", f"{bar}\r{bar}last.pt: is cut off\n", 1.0)
+    assert ended.clear and ended.lines == ["last.pt: is cut off"]
+
+
+def test_an_end_is_clear_by_its_code_and_its_lines():
+    assert not Ended("train", 1, "", "a line\n", 1.0).clear
+    assert Ended("detect", 1, "", "a line\n", 1.0).clear
+    assert not Ended("train", 2, "", "", 1.0).clear
+    assert not Ended("train", 2, "", "Traceback (most recent call last):\n", 1.0).clear
+    assert not Ended("train", 2, "", "one\ntwo\nthree\n", 1.0).clear
+
+
+@pytest.fixture
+def struck(tmp_path: Path) -> Strike:
+    """A strike at detect.py, whose undisturbed run has a table of three rows and two files of labels."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    left = {"predictions.csv": b"a\n1\n2\n3\n", "predictions.json": b"[1, 2, 3]", "0.txt": b"x", "1.txt": b"y"}
+    (tmp_path / "exp").mkdir()
+    return Strike(Place(tmp_path), "detect", Whole(whole, 1.0, left, 9), tmp_path, random.Random(0))
+
+
+def test_the_beginning_of_what_an_undisturbed_run_leaves_is_no_loss(struck):
+    for name, content in {"predictions.csv": "a\n1\n", "predictions.json": "[1, 2]", "1.txt": "y"}.items():
+        (struck.folder / name).write_text(content)
+    assert lost(struck, Ended("detect", -9, "", "", 1.0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("predictions.csv", "a\n2\n"), ("predictions.json", "[2]"), ("1.txt", ""), ("2.txt", "z")]
+)
+def test_anything_else_is(struck, name, content):
+    (struck.folder / name).write_text(content)
+    assert lost(struck, Ended("detect", -9, "", "", 1.0)) == f"{name} is another one"
+
+
+def test_cpu_seconds_are_those_of_the_process():
+    used = cpu_seconds(os.getpid())
+    assert 0 <= time.process_time() - used < 5 or not Path("/proc/self/stat").exists()

@@ -275,8 +275,7 @@ def shown(results: Results) -> str:
     for name in NAMES:
         if runs := runs_of(results, name):
             low = "; ".join(shares(one) for one in runs.values() if "low" in one) or None
-            cost = np.mean([one["macs"] for one in runs.values()]) / 1e9
-            row = [name, f"{next(iter(runs.values()))['params']:,}", low, cost, told(scores(runs))]
+            row = [name, f"{next(iter(runs.values()))['params']:,}", low, cost_of(runs), told(scores(runs))]
             rows.append([*row, difference(apart(results, name, "coarse")), difference(apart(results, name, "fine"))])
     if not rows:
         return ""
@@ -316,7 +315,36 @@ def verdicts(results: Results) -> str:
     lines += [f"order: {two} minus {one} {difference(found)}" for one, two, found in steps if found]
     if found := apart(results, "target-0.5", "light"):
         lines.append(f"pooling: target-0.5 minus light, which takes the first cell, {difference(found)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *beside_targets(results)])
+
+
+def beside_targets(results: Results) -> list[str]:
+    """How far the curve of prices is above each target, at the multiply-adds of that target; `fine` has no price."""
+    priced = (runs_of(results, name) for name in ("fine", *MASKED) if name.startswith(("fine", "price")))
+    points = sorted(((cost_of(runs), mean_miou(runs)) for runs in priced if runs), key=lambda point: point[0])
+    lines = []
+    for name in MASKED:
+        runs = runs_of(results, name)
+        if not name.startswith("target") or not runs or not points:
+            continue
+        cost = cost_of(runs)
+        if not points[0][0] <= cost <= points[-1][0]:
+            lines.append(f"no target: {name} has {cost:.2f} GMACs, which no price has")
+            continue
+        costs, theirs = [at for at, _ in points], mean_miou(runs)
+        ours = [np.interp(cost, costs, [scores[part] for _, scores in points]) for part in range(STRETCHES + 1)]
+        found = float(ours[0] - theirs[0]), interval(np.array(ours[1:]) - theirs[1:])
+        lines.append(f"no target: the curve of prices minus {name}, at its {cost:.2f} GMACs, {difference(found)}")
+    return lines
+
+
+def cost_of(runs: Mapping[int, Mapping[str, Any]]) -> float:
+    return float(np.mean([one["macs"] for one in runs.values()])) / 1e9
+
+
+def mean_miou(runs: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
+    """The mean over seeds, and the same without each stretch."""
+    return np.mean([(value, *without) for value, without in scores(runs)], axis=0)
 
 
 # ---- milliseconds

@@ -245,6 +245,11 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "bccd_front": lambda: tables("bccd_front")[0].only("", "macs", "AP", "AP50", "found - random", "+-", "better"),
     "shapes": lambda: tables("shapes")[0],
     "ca_ssd": lambda: tables("ca_ssd")[0].only("neck", "GMACs", "AP50 (each seed)", "full is better in AP50 by"),
+    "camvid": lambda: tables("camvid")[0].only(
+        "model", "low", "GMACs", "mIoU (each seed)", "minus coarse", "minus fine"
+    ),
+    "camvid_masks": lambda: tables("camvid")[1],
+    "camvid_speed": lambda: tables("camvid")[2],
     "hypervolume": lambda: tables("nasbench")[0].pivoted("method", "evaluations", "hypervolume"),
     "regret": lambda: tables("nasbench")[1].pivoted("method", "evaluations", "regret"),
     "step_cost": lambda: tables("step_cost")[0],

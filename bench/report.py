@@ -250,6 +250,7 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     ),
     "camvid_masks": lambda: tables("camvid")[1],
     "camvid_speed": lambda: tables("camvid")[2],
+    "tiny_masked": lambda: tables("tiny_masked")[0],
     "hypervolume": lambda: tables("nasbench")[0].pivoted("method", "evaluations", "hypervolume"),
     "regret": lambda: tables("nasbench")[1].pivoted("method", "evaluations", "regret"),
     "step_cost": lambda: tables("step_cost")[0],

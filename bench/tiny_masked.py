@@ -247,7 +247,7 @@ def main() -> int:
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS, metavar="CELL")
     parser.add_argument("--imgsz", type=int, default=160, help="of training and judging; a multiple of 32")
     parser.add_argument("--large", type=int, default=640, help="pixels of the second measurement of time")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=15, help="of time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench" / "tiny-masked", help="folder of all runs")

@@ -270,13 +270,16 @@ def bench(name: str) -> Any:
 @cache
 def shown(name: str) -> str:
     """What `python bench/NAME.py --show` prints."""
-    given, out = sys.argv, io.StringIO()
+    import torch
+
+    given, threads, out = sys.argv, torch.get_num_threads(), io.StringIO()
     sys.argv = [f"bench/{name}.py", "--show"]
     try:
         with contextlib.redirect_stdout(out):
             bench(name).main()
     finally:
         sys.argv = given
+        torch.set_num_threads(threads)  # a bench sets its own
     return out.getvalue()
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import report
 from bench.faults import Ended, Place, Strike, Whole, cpu_seconds, lost
@@ -197,3 +198,17 @@ def test_anything_else_is(struck, name, content):
 def test_cpu_seconds_are_those_of_the_process():
     used = cpu_seconds(os.getpid())
     assert 0 <= time.process_time() - used < 5 or not Path("/proc/self/stat").exists()
+
+
+def test_showing_what_benches_keep_leaves_the_process_as_it_was() -> None:
+    before, surroundings = torch.get_num_threads(), dict(os.environ)
+    try:
+        torch.set_num_threads(3)
+        report.shown.cache_clear()
+        for name in ("tiny_masked", "faults"):
+            report.shown(name)
+        assert torch.get_num_threads() == 3
+        changed = {name for name in surroundings | os.environ if surroundings.get(name) != os.environ.get(name)}
+        assert changed <= {"PYTEST_CURRENT_TEST"}
+    finally:
+        torch.set_num_threads(before)

@@ -53,15 +53,10 @@ def merging(dtype: torch.dtype = torch.float32, norms: str = "act") -> Supernet:
 LEAVES = ("Conv", "BottleneckCSP2", "C2f", "CABlock", "RepConv", "MBConv")  # every kind of leaf is in one of them
 
 
-@pytest.mark.parametrize("name", LEAVES)
-def test_the_mixture_of_an_op_is_the_sum_of_what_its_leaves_give_under_every_option(name: str) -> None:
-    """In float64, by any gates, outputs and the gradients for gates and weights; by hooks that run all options."""
-    rows = {"body": open_row(name, 16), "neck": "[-1, 1, Conv, [16]]"}
-    net = a_supernet("merge", "k_act", rows).double().train()
-    for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def assert_mixtures_are_sums(net: Supernet, images: Tensor) -> None:
+    """In float64, by any gates: a mixture's outputs, and its gradients for gates and weights, are those of the sum of
+    what leaves give under every option.
+    """
     found = []
     for around in (net.mixed, lambda gates: mixture(net, gates)):
         gates = {name: gate.requires_grad_() for name, gate in random_gates(net).items()}
@@ -74,9 +69,20 @@ def test_the_mixture_of_an_op_is_the_sum_of_what_its_leaves_give_under_every_opt
     merged, summed = found
     assert merged.keys() == summed.keys()
     for key, value in summed.items():
-        torch.testing.assert_close(
-            merged[key], value, rtol=1e-6, atol=1e-9 * float(value.detach().abs().max() + 1), msg=str(key)
-        )
+        limit = 1e-9 * float(value.detach().abs().max() + 1)
+        torch.testing.assert_close(merged[key], value, rtol=1e-6, atol=limit, msg=str(key))
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_the_mixture_of_an_op_is_the_sum_of_what_its_leaves_give_under_every_option(name: str) -> None:
+    """In float64, by any gates, outputs and the gradients for gates and weights; by hooks that run all options."""
+    rows = {"body": open_row(name, 16), "neck": "[-1, 1, Conv, [16]]"}
+    net = a_supernet("merge", "k_act", rows).double().train()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_mixtures_are_sums(net, images)
 
 
 def test_a_mixture_that_is_certain_is_the_active_subnet() -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gradients import mixture
-from test_merge import random_gates
+from test_merge import assert_mixtures_are_sums, random_gates
 from test_resume import a_task
 from test_sandwich import assert_the_largest_teaches
 from test_train import draw_data
@@ -92,20 +91,7 @@ def test_the_largest_teaches_the_narrow_and_shallow_ones(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("name", [*BLOCKS, "C3", "MBConv each"])
 def test_a_mixture_of_widths_is_the_sum_of_what_leaves_give_under_every_option(name: str) -> None:
-    """In float64, by any gates: outputs, and the gradients for gates and weights."""
-    net, images = fresh(name, "merge", "k_act").double(), images_of(dtype=torch.float64)
-    results = []
-    for around in (net.mixed, lambda gates: mixture(net, gates)):
-        gates = {name: gate.requires_grad_() for name, gate in random_gates(net).items()}
-        with around(gates):
-            outputs, _ = net.network(images)
-            sum(y.square().mean() for y in outputs).backward()
-        results.append({**dict(enumerate(outputs)), **{n: g.grad for n, g in gates.items()}, **gradients(net)})
-    merged, summed = results
-    assert merged.keys() == summed.keys()
-    for key, value in summed.items():
-        limit = 1e-9 * float(value.detach().abs().max() + 1)
-        torch.testing.assert_close(merged[key], value, rtol=1e-6, atol=limit, msg=str(key))
+    assert_mixtures_are_sums(fresh(name, "merge", "k_act").double(), images_of(dtype=torch.float64))
 
 
 def test_gates_of_a_mixture_of_widths_have_the_slopes_of_its_loss() -> None:

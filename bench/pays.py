@@ -288,7 +288,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bccd", type=Path, help="folder of the data set; default as cfg/data/bccd.yaml says")
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS, metavar="CELL")
-    parser.add_argument("--imgsz", type=int, default=160)
+    parser.add_argument("--imgsz", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=24, help="of each training")
     parser.add_argument("--search-epochs", type=int, default=16)
     parser.add_argument("--candidates", type=int, default=24)

@@ -15,8 +15,8 @@ independent-full   whole blocks side by side, with such steps of alphas
 independent-two    with steps of alphas that look at two options
 merge              one set of weights; a weight step of the mixture of all subnets
 merge-alphas       and a step of alphas through the mixture before every fifth weight step
-sandwich           one set of weights; a weight step of the largest, a random and the smallest subnet, which share their
-                   trunk, the largest teaching the others
+sandwich           one set of weights; a weight step of the largest, a random and the smallest subnet, what they begin
+                   with in common run once, the largest teaching the others
 reference          ML-TANGO's scheme, rebuilt: a step of alphas before every weight step, and in both of them every
                    candidate runs in the backward pass
 

@@ -94,9 +94,8 @@ def sandwich_options(
     """Three options for every decision: of the largest subnet, a random one, and the smallest (BigNAS, arXiv
     2003.11142, section 3.1).
 
-    `largest` and `smallest` name the options of what makes subnets larger. The others, such as activations, are
-    strictly fair over all three subnets, and those of the random one are strictly fair over steps.
+    `largest` and `smallest` name the options of what makes subnets larger. The others, such as activations, are the
+    same in all three, so that these have more in common to run once. All that is drawn is strictly fair over steps.
     """
-    middle = fair_options(decisions, seed, step)
-    sized = (largest, {name: middle[name] for name in largest}, smallest)
-    return [{**fair_options(decisions, seed, 3 * step + place), **given} for place, given in enumerate(sized)]
+    drawn = fair_options(decisions, seed, step)
+    return [{**drawn, **largest}, drawn, {**drawn, **smallest}]

@@ -1,7 +1,8 @@
 """The sandwich rule: a step trains the largest subnet, a random one and the smallest (BigNAS, arXiv 2003.11142).
 
-What lies before the first choice is the same for all three, so it runs once. The largest learns from the labels, the
-others half from the labels and half from what the largest says of the same images (in-place distillation).
+Rows that they begin with in common run once, and the random one usually has some more in common with one of the others.
+The largest learns from the labels, the others half from the labels and half from what the largest says of the same
+images (in-place distillation).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from engine.distributed import average_numbers, together
 from engine.evaluate import pixels
 from engine.step import Moment, Mover, autocast, distance_to_teacher, no_number, scaled
 from models.distill import LOSSES, distillation_loss
+from models.graph import Node
 from models.network import Network
 from models.supernet import Supernet
 from search.costs import CostTable
@@ -55,10 +57,19 @@ def teaching_note(network: Network) -> str:
     )
 
 
-def trunk_of(network: Network) -> range:
-    """The rows before the first one that holds a choice, or that has a loss of its own to go back through."""
-    rows = zip(network.graph.nodes, network.layers, strict=True)
-    return range(next(node.index for node, layer in rows if node.choices or hasattr(layer, "aux_loss")))
+def parting(network: Network, start: int, subnets: Sequence[Mapping[str, Any]]) -> int:
+    """The first row from `start` on that subnets do not have in common, or that has a loss of its own to go back
+    through; how many rows there are, where they part nowhere.
+    """
+    for node, layer in zip(network.graph.nodes[start:], network.layers[start:], strict=True):
+        if hasattr(layer, "aux_loss") or len({options_of(node, picks) for picks in subnets}) > 1:
+            return node.index
+    return len(network.layers)
+
+
+def options_of(node: Node, picks: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a subnet has in the open places of a row."""
+    return tuple(picks[choice.name] for choice in node.choices)
 
 
 def backward(
@@ -68,23 +79,37 @@ def backward(
     run: Callable[[range, Mapping[int, Any]], tuple[dict[int, Any], dict[int, Any]]],
     loss_of: Callable[[int, Any, Mapping[int, Any]], Tensor],
 ) -> None:
-    """Adds the gradients of several subnets' losses for the same images; the trunk runs once in each direction.
+    """Adds the gradients of several subnets' losses for the same images. Rows that some of them begin with in common
+    run once for these, in each direction.
 
     `run` is `Network.run`, or what runs it. ``loss_of(place, outputs, aux)`` is the loss of the subnet at a place, from
-    its head's outputs and auxiliary tensors.
+    its head's outputs and auxiliary tensors; it is asked for that of the first subnet first.
     """
     network = supernet.network
-    trunk = trunk_of(network)
-    made, said = run(trunk, {-1: images})
-    ends: list[tuple[Tensor, Tensor]] = []  # of the trunk, and where the subnets begin
-    held = {row: _cut(value, ends) for row, value in made.items()}
-    for place, picks in enumerate(subnets):
-        supernet.activate(picks)
-        outputs, aux = run(range(trunk.stop, len(network.layers)), held)
-        loss_of(place, outputs[len(network.layers) - 1], {**said, **aux}).backward()
-    reached = [(end, begin.grad) for end, begin in ends if begin.grad is not None]
-    if reached:
-        torch.autograd.backward([end for end, _ in reached], [grad for _, grad in reached])
+    end = len(network.layers)
+
+    def descend(start: int, places: Sequence[int], held: Mapping[int, Any], said: Mapping[int, Any]) -> None:
+        """The rows from `start` on, for subnets that have had all rows before in common."""
+        stop = end if len(places) == 1 else parting(network, start, [subnets[place] for place in places])
+        supernet.activate(subnets[places[0]])
+        made, aux = run(range(start, stop), held)
+        said = {**said, **aux}
+        if stop == end:
+            torch.autograd.backward([loss_of(place, made[end - 1], said) for place in places])
+            return
+        node, apart = network.graph.nodes[stop], hasattr(network.layers[stop], "aux_loss")
+        ways: dict[Any, list[int]] = {}
+        for place in places:
+            ways.setdefault(place if apart else options_of(node, subnets[place]), []).append(place)
+        cuts: list[tuple[Tensor, Tensor]] = []  # where these rows end, and where the next ones begin
+        begun = {row: _cut(value, cuts) for row, value in made.items()}
+        for way in ways.values():
+            descend(stop, way, begun, said)
+        reached = [(ended, begin.grad) for ended, begin in cuts if begin.grad is not None]
+        if reached:
+            torch.autograd.backward([ended for ended, _ in reached], [grad for _, grad in reached])
+
+    descend(0, range(len(subnets)), {-1: images}, {})
 
 
 def add_sandwich(
@@ -138,12 +163,12 @@ def add_sandwich(
     return values
 
 
-def _cut(value: Any, ends: list[tuple[Tensor, Tensor]]) -> Any:
+def _cut(value: Any, cuts: list[tuple[Tensor, Tensor]]) -> Any:
     """The same tensors without what they were made by; each that had a gradient is noted with the one in its place."""
     if isinstance(value, list | tuple):
-        return type(value)(_cut(part, ends) for part in value)
+        return type(value)(_cut(part, cuts) for part in value)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     begin = value.detach().requires_grad_()
-    ends.append((value, begin))
+    cuts.append((value, begin))
     return begin

@@ -1,4 +1,4 @@
-"""The sandwich rule: largest, random and smallest subnet in one step, over one trunk."""
+"""The sandwich rule: largest, random and smallest subnet in one step, and what they have in common once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_gradients import a_batch, architectures, supernet
+from test_gradients import a_batch, supernet
 from test_resume import Task, a_task, assert_same, data
 from test_train import Killed, kill_before
-from torch import nn
+from torch import Tensor, nn
 
 from data.structures import Fault
 from engine.evaluate import pixels
@@ -24,7 +24,7 @@ from search import train as training
 from search.config import SearchConfig
 from search.costs import cost_tables
 from search.sampling import sandwich_options
-from search.sandwich import backward, sizes, teaching_note, trunk_of
+from search.sandwich import backward, sizes, teaching_note
 from search.train import check_supernet
 
 __all__ = ["data"]  # a fixture
@@ -49,49 +49,85 @@ def test_where_no_choice_has_a_size_there_is_no_sandwich() -> None:
         sizes(cost_tables(resolve(parse_text(text)), 64)["macs"])
 
 
-def test_activations_are_strictly_fair_over_the_three_and_kernels_over_random_ones() -> None:
+def test_activations_are_those_of_the_random_one_which_is_strictly_fair() -> None:
     net = supernet("shared")
     largest, smallest = sizes(cost_tables(resolve(net.spec), 64)["macs"])
     for window in range(4):
         three = [sandwich_options(net.decisions, largest, smallest, 0, 6 * window + step) for step in range(6)]
-        for first, _, last in three:
-            assert {name: first[name] for name in largest} == largest
-            assert {name: last[name] for name in smallest} == smallest
+        for first, drawn, last in three:
+            assert first == {**drawn, **largest} and last == {**drawn, **smallest}
         for name in ("2.act", "4.act"):
-            assert set(Counter(one[name] for step in three for one in step).values()) == {6}
+            assert set(Counter(step[1][name] for step in three).values()) == {2}
         assert set(Counter(step[1]["2.kernel"] for step in three).values()) == {3}
         assert set(Counter(step[1]["4.number"] for step in three).values()) == {2}
 
 
-def test_gradients_are_those_of_three_whole_passes_and_the_trunk_runs_once() -> None:
-    net = supernet("shared", torch.float64)
-    images, targets = a_batch(torch.float64)
-    three = architectures(net, 3)
-    for picks in three:
+def gradients(net: Supernet) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in net.network.named_parameters() if p.grad is not None}
+
+
+BASE = {"2.kernel": 3, "2.act": "relu", "2.number": 2, "4.kernel": 3, "4.act": "relu", "4.number": 1}
+FAMILIES = {  # subnets, and how often each row runs: the first choices are in row 2, the second ones in row 4
+    "apart at once": ([{}, {"2.act": "mish"}, {"2.kernel": 5}], [1, 1, 3, 3, 3, 3]),
+    "two go on": ([{}, {"4.kernel": 5}, {"2.number": 1}], [1, 1, 2, 2, 3, 3]),
+    "first and last go on": ([{}, {"2.number": 1}, {"4.act": "mish"}], [1, 1, 2, 2, 3, 3]),
+    "apart in row 4": ([{}, {"4.kernel": 5}, {"4.number": 2}], [1, 1, 1, 1, 3, 3]),
+    "two are equal": ([{}, {}, {"4.kernel": 5}], [1, 1, 1, 1, 2, 2]),
+    "all are equal": ([{}, {}, {}], [1, 1, 1, 1, 1, 1]),
+    "one": ([{}], [1, 1, 1, 1, 1, 1]),
+}
+
+
+def assert_as_whole_passes(net: Supernet, subnets: list[dict[str, Any]], batch: tuple[Tensor, Any]) -> list[int]:
+    """Gradients are those of whole passes, one a subnet. Returns how often each row runs."""
+    images, targets = batch
+    for picks in subnets:
         net.activate(picks)
         net.network.loss(images, targets)[0].backward()
-    expected = {name: p.grad for name, p in net.network.named_parameters() if p.grad is not None}
+    expected = gradients(net)
     net.zero_grad(set_to_none=True)
-    trunk = trunk_of(net.network)
-    assert list(trunk) == [0, 1]
     ran: list[nn.Module] = []
-    hooks = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in net.network.layers]
-    backward(net, three, images, net.network.run, lambda _, y, aux: net.network.loss_from(y, targets, aux)[0])
-    found = {name: p.grad for name, p in net.network.named_parameters() if p.grad is not None}
+    for layer in net.network.layers:
+        layer.register_forward_hook(lambda layer, *_: ran.append(layer))
+    asked: list[int] = []
+
+    def loss_of(place: int, outputs: Any, aux: Any) -> Tensor:
+        asked.append(place)
+        return net.network.loss_from(outputs, targets, aux)[0]
+
+    backward(net, subnets, images, net.network.run, loss_of)
+    found = gradients(net)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-9)
-    assert [ran.count(layer) for layer in net.network.layers] == [1, 1, 3, 3, 3, 3]
-    for hook in hooks:
-        hook.remove()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-9, msg=name)
+    assert asked[0] == 0 and sorted(asked) == list(range(len(subnets)))
+    return [ran.count(layer) for layer in net.network.layers]
 
 
-def test_without_a_trunk_it_is_three_whole_passes_as_well() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_whole_passes_and_what_is_common_runs_once(family: str) -> None:
+    net = supernet("shared", torch.float64)
+    different, times = FAMILIES[family]
+    assert {choice.name for choice in net.spec.choices} == set(BASE)
+    found = assert_as_whole_passes(net, [{**BASE, **one} for one in different], a_batch(torch.float64))
+    assert found == times
+
+
+def test_a_row_with_a_loss_of_its_own_runs_once_for_each() -> None:
+    """Its loss is a part of each subnet's."""
+    rows = ["Conv, [8, 3, 4]", "AttentionBranch, [nc, 1, {task: classes}]", "Conv, [12, {kernel: {choice: [1, 3]}}]"]
+    text = "nc: 3\nbackbone:\n" + "".join(f"  - [-1, 1, {row}]\n" for row in rows)
+    net = Supernet(parse_text(text + "head:\n  - [-1, 1, Classify, [nc]]\n"), "shared").double()
+    images, targets = a_batch(torch.float64)
+    targets = type(targets)(targets.boxes[:2], targets.labels[:2], torch.tensor([0, 1]))
+    assert assert_as_whole_passes(net, [{"2.kernel": 1}, {"2.kernel": 3}], (images, targets)) == [1, 2, 2, 2]
+
+
+def test_where_the_first_row_is_open_it_is_whole_passes_as_well() -> None:
     text = "nc: 3\nanchors: 2\nbackbone:\n  - [-1, 1, Conv, [8, {kernel: {choice: [1, 3]}, stride: 4}]]\n"
     net = Supernet(parse_text(text + "head:\n  - [-1, 1, Conv, [8]]\n  - [-1, 1, Classify, [nc]]\n"), "shared")
     images, targets = a_batch()
     targets = type(targets)(targets.boxes[:2], targets.labels[:2], torch.tensor([0, 1]))
-    assert len(trunk_of(net.network)) == 0
     loss_of = lambda _, y, aux: net.network.loss_from(y, targets, aux)[0]  # noqa: E731
     backward(net, [{"0.kernel": 1}, {"0.kernel": 3}], images, net.network.run, loss_of)
     assert all(p.grad is not None for p in net.network.parameters())

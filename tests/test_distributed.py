@@ -48,9 +48,9 @@ from models.supernet import Supernet
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
-# Subnets or mixtures that are activated in a weight step of a search. Of two open kernels, a sandwich has the trunk, the
-# three, and in half of the steps one more row that two of them have in common; in the others the random one is the same
-# as one of the others. That is 5 or 3, each as often.
+# Subnets or mixtures that are activated in a weight step of a search. With two open kernels, a sandwich has the trunk,
+# the three, and in half of the steps one more row that two of them have in common; in the others the random one is one
+# of the others. That is 5 or 3, each as often.
 STEPS = {"shared": 1, "independent": 1, "merge": 1, "sandwich": 4}
 
 

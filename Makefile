@@ -85,7 +85,7 @@ demo: $(INSTALLED)  ## draw a data set, search, derive, retrain, detect
 	@echo "boxes on a video          $(DEMO)/video/video.mp4"
 	@echo "the detector              $(DEMO)/train/best.pt, described by $(DEMO)/search/best.yaml"
 
-bench: $(INSTALLED)  ## the claims of speed, under an hour; writes bench/RESULTS.md. KEEP=yes keeps what was measured
+bench: $(INSTALLED)  ## the claims of speed, sized for an hour; writes bench/RESULTS.md. KEEP=yes keeps what was measured
 	$(PY) bench/report.py --measure $(if $(KEEP),--keep)
 
 # Cloning and installing need a network. What could not be had is said in a line, and make bench says so again.

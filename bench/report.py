@@ -1,7 +1,7 @@
 """One page of what was measured, bench/RESULTS.md, and from it the tables of the README and of docs/.
 
 python bench/report.py              # writes the page and fills the tables, from bench/results alone; seconds
-python bench/report.py --measure    # before that, the claims of speed anew, sized for an hour on 2 idle cores: `make bench`
+python bench/report.py --measure    # first, the claims of speed anew, sized for an hour on 2 idle cores: `make bench`
 python bench/report.py --keep       # what was measured so takes the place of bench/results, with date and machine
 python bench/report.py --check      # writes nothing; exits with 1 where a page is not what bench/results says
 

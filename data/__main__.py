@@ -1,19 +1,22 @@
 """python -m data check DATA.yaml [--html sheet.html]                what a data set holds, and every fault in it
 python -m data convert DATA.yaml --to coco -o FOLDER               the same boxes as YOLO, VOC or COCO
 python -m data split DATA.yaml train=0.8 val=0.2 -o FOLDER         divides it anew, class by class
+python -m data split PHOTOS/ train=0.8 val=0.2 -o FOLDER           divides labelled photos that have no data YAML yet
 python -m data shapes datasets/shapes                              draws the data set that the project ships
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from data.check import check, report_text
-from data.config import BOXES, SPLITS
+from data.config import BOXES, SPLITS, read_data_spec
 from data.contact_sheet import write_contact_sheet
 from data.convert import IMAGES, convert
+from data.readers import some
 from data.shapes import draw_shapes
 from data.split import split_data
 from data.structures import PROGRAM, Fault, version
@@ -39,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data", description="Draws, checks, converts, divides data sets.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}")
     commands = parser.add_subparsers(dest="command", required=True)
-    data = "the data YAML, as cfg/data/shapes.yaml"
+    data = "the data YAML, as cfg/data/shapes.yaml, or a folder of photos with VOC or COCO labels"
 
     checks = commands.add_parser("check", help="print what a data set holds, and every fault in it")
     checks.add_argument("data", help=data)
@@ -95,7 +98,11 @@ def _split(options: argparse.Namespace) -> int:
         if name in shares:
             raise Fault(f"{name} is given twice; one share a part is right")
         shares[name] = value
-    print(f"ready: {split_data(options.data, options.out, shares, options.seed, options.of)}")
+    made = split_data(options.data, options.out, shares, options.seed, options.of)
+    if os.path.isdir(options.data):
+        names = read_data_spec(made).names
+        print(f"found {len(names)} {'class' if len(names) == 1 else 'classes'}: {some(names)}")
+    print(f"ready: {made}")
     return 0
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.config import BOXES, SPLITS, DataSpec, read_data_spec
+from data.config import BOXES, SPLITS, DataSpec
+from data.folder import data_spec
 from data.images import image_size, read_image
 from data.readers import READERS, read_split, some
 from data.readers.labels import IMAGE_FILE, Kind, Problem, Split
@@ -75,7 +76,7 @@ def check(path: str | Path, decode: bool = False) -> Report:
     Raises:
         Fault: when the YAML itself is wrong.
     """
-    data = read_data_spec(path)
+    data = data_spec(path)
     splits: dict[str, Split] = {}
     faults: list[str] = []
     for name in SPLITS:

@@ -117,7 +117,8 @@ def read_data_spec(path: str | Path) -> DataSpec:
     """
     path = Path(path)
     if path.is_dir():
-        raise Fault(f"{path}: not a text file; name a data YAML, as cfg/data/shapes.yaml")
+        how = f"python -m data split {path} train=0.8 val=0.2 -o FOLDER makes one of photos with VOC or COCO labels"
+        raise Fault(f"{path}: a folder, where a data YAML is right; {how}")
     try:
         text = read_bytes(path, LARGEST_YAML).decode("utf-8")
     except FileNotFoundError:

@@ -15,7 +15,8 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from data.config import BOXES, SPLITS, DataSpec, read_data_spec
+from data.config import BOXES, SPLITS, DataSpec
+from data.folder import data_spec
 from data.images import image_size
 from data.readers import Split, read_split
 from data.structures import Fault, Sample, nearest
@@ -45,7 +46,7 @@ def convert(path: str | Path, to: str, folder: str | Path, images: str = "link")
         raise Fault(f"format {to!r} is not known; one of {', '.join(BOXES)}{nearest(to, BOXES)}")
     if images not in IMAGES:
         raise Fault(f"images {images!r}: one of {', '.join(IMAGES)} is right{nearest(images, IMAGES)}")
-    data = read_data_spec(path)
+    data = data_spec(path)
     if data.format not in BOXES:
         raise Fault(f"{data.path}: is of format {data.format}, which has no boxes; {to} has nothing else")
     folder = Path(os.path.abspath(folder))

@@ -12,6 +12,7 @@ import yaml
 from data.check import copies
 from data.config import SPLITS, DataSpec, read_data_spec
 from data.files import write_text
+from data.folder import data_spec
 from data.readers import read_split
 from data.structures import Fault, Sample, nearest
 
@@ -27,7 +28,7 @@ def split_data(
     Raises:
         Fault: when the data set cannot be read, a share makes no sense, or a list would replace one that is there.
     """
-    data = read_data_spec(path)
+    data = data_spec(path)
     folder = Path(os.path.abspath(folder))
     check_shares(shares)
     chosen = tuple(of) or tuple(name for name in SPLITS if data.sources(name))

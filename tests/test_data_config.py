@@ -108,5 +108,5 @@ def test_a_fault_says_where_and_what_would_be_right(text: str, message: str, tmp
 def test_a_missing_yaml_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(Fault, match="there is no such file; name a data YAML, as cfg/data/shapes.yaml"):
         read_data_spec(tmp_path / "none.yaml")
-    with pytest.raises(Fault, match="not a text file"):
+    with pytest.raises(Fault, match="a folder, where a data YAML is right"):
         read_data_spec(tmp_path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.parsers import expat
 
@@ -72,6 +72,16 @@ def read_labels(path: Path, size: tuple[int, int], names: Sequence[str]) -> Labe
         uses.append(DIFFICULT if fields.get("difficult", "").lower() in ("1", "true") else TRAINED)
         lines.append(line)
     return labels_of(boxes, labels, uses, lambda index: f"{path}:{lines[index]}", problems)
+
+
+def class_names(paths: Iterable[Path]) -> tuple[str, ...]:
+    """The names of all objects, each once, in their order. A file that cannot be read has none."""
+    names: set[str] = set()
+    for path in paths:
+        objects = _objects(path)
+        if not isinstance(objects, Problem):
+            names |= {fields.get("name", "") for _, fields in objects}
+    return tuple(sorted(names - {""}))
 
 
 def _problem(fields: dict[str, str], names: Sequence[str]) -> str | None:

@@ -169,7 +169,7 @@ def _yaml(data: DataSpec, folder: Path, parts: Sequence[str], of: Sequence[str])
         jsons = list(
             dict.fromkeys(Path(os.path.relpath(json, data.root)).as_posix() for s in of for json in data.jsons(s))
         )
-        values |= {f"{part}_json": jsons if len(jsons) > 1 else jsons[0] for part in parts}
+        values |= {f"{part}_json": list(jsons) if len(jsons) > 1 else jsons[0] for part in parts}
     if data.format == "masks":
         values |= {"void": list(data.void)} if data.void else {}
     if data.annotations is not None:

@@ -203,7 +203,7 @@ def test_every_key_stands_there() -> None:
 
 def test_the_commands_are_commands() -> None:
     lines = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         words = shlex.split(line)
         assert words[:3] == ["python", "-m", "data"] and _parser().parse_args(words[3:])

@@ -13,6 +13,7 @@ from data.__main__ import main
 from data.config import read_data_spec
 from data.folder import folder_spec
 from data.readers import read_split
+from data.split import split_data
 from data.structures import Fault
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object>"
@@ -78,6 +79,8 @@ def test_several_jsons_of_one_data_set(tmp_path: Path) -> None:
     spec = folder_spec(tmp_path)
     assert spec.train == ("train", "valid")
     assert [sample.path.name for sample in read_split(spec, "train").samples] == ["train.jpg", "valid.jpg"]
+    made = split_data(tmp_path, tmp_path / "mine", {"train": 1, "val": 1})
+    assert "&" not in made.read_text() and read_data_spec(made).jsons("val") == spec.jsons("train")
 
 
 def nothing(_: Path) -> None: ...

@@ -232,7 +232,17 @@ CLAIMS = (
 # The sections of the page, by what they ask. What a bench shows of its results is told there as it shows it.
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Learning": ("learn", "bccd_front", "pays", "shapes", "ca_ssd", "fal", "camvid", "tiny_masked"),
-    "Searching": ("nasbench", "step_cost", "prefix_tree", "calibration", "derived", "latency", "scale", "workers"),
+    "Searching": (
+        "nasbench",
+        "ranking",
+        "step_cost",
+        "prefix_tree",
+        "calibration",
+        "derived",
+        "latency",
+        "scale",
+        "workers",
+    ),
     "Equality": ("efficientnet", "explain"),
     "Speed, in full": ("forward", "detect", "loader", "evaluate", "nms", "label_cache", "memory_format", "masked"),
     "Faults": ("faults",),

@@ -170,7 +170,7 @@ def structure(content: bytes, corpus: list[bytes], rng: random.Random) -> bytes:
         return characters(content, corpus, rng)
     try:
         tree, other = (yaml.load(text, SafeLoader) for text in (content, theirs))
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError, IndexError, RecursionError):  # "0b_" and !!int "" are no numbers to it
         return characters(content, corpus, rng)
     spots = list(places(tree))
     if not spots:

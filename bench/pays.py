@@ -5,8 +5,9 @@ python bench/pays.py --bccd ~/BCCD --plan                    # measures an epoch
 python bench/pays.py --bccd ~/BCCD --cells kernel-act-found-0 kernel-act-random3-0
 python bench/pays.py --show                                  # what was measured
 
-Two spaces over cfg/models/tiny.yaml: `kernel-act` has kernel and activation of four neck blocks (the seed's 1,296
-subnets), `wide` has their depth as well. The budget is the median of the multiply-adds of random subnets of a space.
+Three spaces over cfg/models/tiny.yaml: `kernel-act` has kernel and activation of four neck blocks (the seed's 1,296
+subnets), `depth` has their depth as well, and `width` also that and the width of six (cfg/models/tiny-wide-search.yaml,
+some 10^8). The budget is the median of the multiply-adds of random subnets of a space.
 
 - `found`: the best subnet of a search with that budget, one search for each seed;
 - `random0` to `random7`: subnets drawn evenly from those that need 97 to 100 % of the budget, the same for each seed;
@@ -66,7 +67,7 @@ from models.spec import ModelSpec  # noqa: E402
 from search.costs import CostTable, cost_tables, format_cost  # noqa: E402
 from search.space import Architecture, SearchSpace  # noqa: E402
 
-SPACES = {"kernel-act": "tiny-seed-search", "wide": "tiny-search"}
+SPACES = {"kernel-act": "tiny-seed-search", "depth": "tiny-search", "width": "tiny-wide-search"}
 RANDOM = tuple(f"random{number}" for number in range(8))
 ROLES = ("found", "default", *RANDOM)
 CELLS = [f"{space}-{role}-{seed}" for space in SPACES for seed in SEEDS for role in ROLES]
@@ -140,7 +141,7 @@ def default_subnet(space: SearchSpace, macs: CostTable) -> Architecture:
         picks = {}
         for choice in choices:
             value = wanted.get(choice.name.rpartition(".")[2])
-            picks[choice.name] = choice.options[min(level, len(choice.options) - 1)] if value is None else value
+            picks[choice.name] = sorted(choice.options)[min(level, len(choice.options) - 1)] if value is None else value
         subnet = space.canonical(Architecture(picks))
         if macs.of(subnet) <= budget(space, macs):
             fitting.append(subnet)
@@ -269,7 +270,7 @@ def shown(results: Results, key: str = "ap") -> str:
 
 def plan(place: Place, missing: Sequence[str]) -> None:
     """Says how many minutes the missing trainings take, by two short ones; a search takes about as long as three."""
-    spec, space, macs = space_of("wide", place)
+    spec, space, macs = space_of("width", place)
     file = place.work / "plan.yaml"
     write_text(file, dump(spec.freeze(default_subnet(space, macs).picks)))
     options = {"--cfg": file, **place.options(0)}

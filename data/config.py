@@ -116,16 +116,7 @@ def read_data_spec(path: str | Path) -> DataSpec:
         Fault: with file and line, for anything that is not the format above.
     """
     path = Path(path)
-    if path.is_dir():
-        how = f"python -m data split {path} train=0.8 val=0.2 -o FOLDER makes one of photos with VOC or COCO labels"
-        raise Fault(f"{path}: a folder, where a data YAML is right; {how}")
-    try:
-        text = read_bytes(path, LARGEST_YAML).decode("utf-8")
-    except FileNotFoundError:
-        raise Fault(f"{path}: there is no such file; name a data YAML, as cfg/data/shapes.yaml") from None
-    except UnicodeDecodeError:
-        raise Fault(f"{path}: not a text file; name a data YAML, as cfg/data/shapes.yaml") from None
-    values = _top_level(path, text)
+    values = _top_level(path)
 
     def fault(key: str, problem: str) -> Fault:
         line = f":{values[key].start_mark.line + 1}" if key in values else ""
@@ -225,10 +216,29 @@ def check_root(data: DataSpec) -> None:
         raise Fault(f"{data.path}: the folder {data.root} does not exist; {how}")
 
 
-def _top_level(path: Path, text: str) -> dict[str, yaml.Node]:
-    """The YAML's top-level nodes by key; nodes know their line."""
+def read_names(path: Path) -> tuple[str, ...]:
+    """The classes that a YAML lists under ``names``, whatever else it holds.
+
+    Raises:
+        Fault: with file and line, where it is no YAML or lists none.
+    """
+    for key, value in _entries(path):
+        if isinstance(key, yaml.ScalarNode) and key.value == "names":
+            return _names(path, value)
+    raise Fault(f"{path}: has no list of classes under the key 'names'")
+
+
+def _entries(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The YAML's top-level keys and values; nodes know their line."""
+    if path.is_dir():
+        how = f"python -m data split {path} train=0.8 val=0.2 -o FOLDER makes one of photos with VOC or COCO labels"
+        raise Fault(f"{path}: a folder, where a data YAML is right; {how}")
     try:
-        root = compose_yaml(text)
+        root = compose_yaml(read_bytes(path, LARGEST_YAML).decode("utf-8"))
+    except FileNotFoundError:
+        raise Fault(f"{path}: there is no such file; name a data YAML, as cfg/data/shapes.yaml") from None
+    except UnicodeDecodeError:
+        raise Fault(f"{path}: not a text file; name a data YAML, as cfg/data/shapes.yaml") from None
     except yaml.MarkedYAMLError as problem:
         line = f":{problem.problem_mark.line + 1}" if problem.problem_mark else ""
         raise Fault(f"{path}{line}: not YAML: {problem.problem}") from None
@@ -236,8 +246,14 @@ def _top_level(path: Path, text: str) -> dict[str, yaml.Node]:
         raise Fault(f"{path}: not YAML: {str(problem).splitlines()[0]}") from None
     if not isinstance(root, yaml.MappingNode):
         raise Fault(f"{path}: not a data YAML; it needs lines such as 'train: images/train' and 'names: [circle]'")
+    entries: list[tuple[yaml.Node, yaml.Node]] = root.value
+    return entries
+
+
+def _top_level(path: Path) -> dict[str, yaml.Node]:
+    """The same by key, where each is known and given once."""
     values: dict[str, yaml.Node] = {}
-    for key, value in root.value:
+    for key, value in _entries(path):
         where = f"{path}:{key.start_mark.line + 1}"
         name = key.value if isinstance(key, yaml.ScalarNode) else _kind(key)
         if name not in KEYS:

@@ -20,8 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from data.config import read_names
 from data.structures import PROGRAM, Fault, nearest, version
 from models import convert, diff, draw, show
 from models.cost import RowCost, network_costs
@@ -219,21 +218,9 @@ def _note(text: str) -> None:
 
 def _names(path: Path) -> tuple[str, ...]:
     """The classes that a data set's YAML lists, or the lines of a text file."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix not in (".yaml", ".yml"):
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        raise Fault(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
-    except RecursionError:
-        raise Fault(f"{path}: not valid YAML: lists in lists in lists") from None
-    names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
-        names = [names[label] for label in range(len(names))]
-    if not isinstance(names, list) or not names or any(isinstance(name, list | dict) for name in names):
-        raise Fault(f"{path}: has no list of classes under the key 'names'")
-    return tuple(map(str, names))
+    if path.suffix in (".yaml", ".yml"):
+        return read_names(path)
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def _keep_input(output: Path, *inputs: str) -> None:

@@ -266,7 +266,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as problem:
+    except (ValueError, IndexError, yaml.YAMLError) as problem:  # PyYAML has no word for !!int '' and 0b_
         raise Fault(f"{path}: not {kind}: {' '.join(str(problem).split())}") from None
     if not isinstance(found, dict):
         raise Fault(f"{path}: a mapping is expected here, got {type(found).__name__}")

@@ -345,7 +345,7 @@ def test_names_for_imported_weights_are_names(tmp_path: Path, capsys: pytest.Cap
         path.write_text(text)
         assert models_main(argv) == 2
         told = capsys.readouterr().err
-        assert told.startswith(f"{path}: ") and len(told) < 400 and len(told.splitlines()) == 1
+        assert told.startswith(f"{path}:") and len(told) < 400 and len(told.splitlines()) == 1
 
 
 # ---- checkpoints

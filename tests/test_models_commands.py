@@ -414,3 +414,16 @@ def test_import_writes_a_checkpoint(small: Path, capsys: pytest.CaptureFixture[s
     names.write_text("classes: 3\n")
     said = f"{names}: has no list of classes under the key 'names'\n"
     assert run(capsys, *command, "--names", names) == (2, "", said)
+    names.write_text("names: [no, 0b_, !!int '']\n")
+    said = f"{names}:1: class 2 is not a name; a text is right\n"
+    assert run(capsys, *command, "--names", names) == (2, "", said)
+
+
+def test_names_are_what_is_written(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not True, a number, or what PyYAML fails to make a number of."""
+    weights, names, output = small.with_suffix(".pth"), small.with_name("names.yaml"), small.with_suffix(".pt")
+    state = Network(resolve(parse(small))).state_dict()
+    torch.save({f"model.{name.removeprefix('layers.')}": value for name, value in state.items()}, weights)
+    names.write_text("train: elsewhere\nnames: [no, 0b_, 1]\n")
+    assert run(capsys, "import", weights, "--cfg", small, "-o", output, "--imgsz", "64", "--names", names)[0] == 0
+    assert load_checkpoint(output).names == ("no", "0b_", "1")

@@ -509,6 +509,7 @@ def test_a_file_that_is_not_what_its_name_says_is_a_fault(copy: Callable[..., Pa
         ("latency.json", "{", "latency.json: not JSON: Expecting property name"),
         ("latency.json", "[1]", "latency.json: a mapping is expected here, got list"),
         ("config.yaml", "a: [", "config.yaml: not YAML: "),
+        ("config.yaml", "a: !!int ''", "config.yaml: not YAML: "),
         ("results.csv", "epoch,loss\n1,much\n", "results.csv:2: loss is a number, got 'much'"),
         ("front.csv", "subnet,front,ap\n1,1,\n", "front.csv:2: a row of front.csv has a subnet and its ap"),
     ):

@@ -40,18 +40,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from bench.cells import (  # noqa: E402
-    RESULTS,
-    SEEDS,
-    data_yaml,
-    epoch_minutes,
-    fill,
-    guarded,
-    named,
-    read,
-    runs_of,
-    train,
-)
+from bench import cells  # noqa: E402
 from bench.learn import BATCH, JUDGED_BY, interval, judged  # noqa: E402
 from bench.necks import CFG, NECKS, neck  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
@@ -70,7 +59,7 @@ from models.network import Network, build  # noqa: E402
 from models.parse import dump, parse  # noqa: E402
 
 COMPARED = ("full", "channel", "spatial", "none", "wide-separable", "fusion-up", "fusion-off", "detect")
-CELLS = [f"{name}-{seed}" for name in NECKS for seed in SEEDS]  # those of COMPARED are trained if none are named
+CELLS = [f"{name}-{seed}" for name in NECKS for seed in cells.SEEDS]  # those of COMPARED are trained if none are named
 BACKBONE = 13  # rows, all frozen
 OPTIONS = {"--lr0": 0.002, "--amp": "off", "--batch-size": BATCH, "--freeze": BACKBONE}
 LONGEST = 120  # minutes that the whole table may take
@@ -92,7 +81,7 @@ class Place:
 
     def data(self) -> Path:
         """The YAML of the data set."""
-        return data_yaml("fruit", self.fruit, self.work)
+        return cells.data_yaml("fruit", self.fruit, self.work)
 
 
 # ---- the ablation
@@ -100,12 +89,12 @@ class Place:
 
 def train_cell(place: Place, cell: str, folder: Path, epochs: int) -> tuple[Path, float]:
     """The checkpoint of a cell's training, which goes on where it was stopped, and the minutes that it took."""
-    name, seed = named(cell)
+    name, seed = cells.named(cell)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder.with_suffix(".yaml"), dump(neck(parse(CFG), name)))
     options = {"--cfg": folder.with_suffix(".yaml"), "--weights": place.weights, "--data": place.data(), **OPTIONS}
     options |= {"--imgsz": place.imgsz, "--seed": seed, "--device": "cpu"}
-    return train(folder, options, epochs, place.threads)
+    return cells.train(folder, options, epochs, place.threads)
 
 
 def measure(place: Place, cell: str) -> dict[str, Any]:
@@ -123,13 +112,13 @@ def measure(place: Place, cell: str) -> dict[str, Any]:
     return {**about, "torch": torch.__version__, **judged(samples, found, spec.names)}
 
 
-def plan(place: Place, cells: int) -> float:
+def plan(place: Place, missing: int) -> float:
     """Minutes that so many cells take at most, by two short trainings of the full neck, the dearest but one."""
-    first, epoch = epoch_minutes(
+    first, epoch = cells.epoch_minutes(
         place.work / "plan", lambda folder, epochs: train_cell(place, "full-0", folder, epochs)[1]
     )
-    minutes = cells * (first + (place.epochs - 1) * epoch)
-    print(f"an epoch takes {60 * epoch:.1f} s; {cells} cells of {place.epochs} epochs take {minutes:.0f} minutes")
+    minutes = missing * (first + (place.epochs - 1) * epoch)
+    print(f"an epoch takes {60 * epoch:.1f} s; {missing} cells of {place.epochs} epochs take {minutes:.0f} minutes")
     if minutes > LONGEST:
         fits = int(place.epochs * LONGEST / minutes)
         print(f"That is more than {LONGEST} minutes; --epochs {fits} would take so long.")
@@ -140,7 +129,7 @@ def shown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a neck: its AP50 and AP, and by how much the full one is better, over the same seeds."""
     rows = []
     for name in NECKS:
-        runs = runs_of(results, name)
+        runs = cells.runs_of(results, name)
         if not runs:
             continue
         some = next(iter(runs.values()))
@@ -319,13 +308,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="a checkpoint of efficientnet-lite0.yaml")
     parser.add_argument("--fruit", type=Path, help="folder of the data set; default as cfg/data/fruit.yaml says")
-    wanted = [cell for cell in CELLS if named(cell)[0] in COMPARED]
+    wanted = [cell for cell in CELLS if cells.named(cell)[0] in COMPARED]
     parser.add_argument("--cells", nargs="+", default=wanted, choices=CELLS, metavar="CELL")
     parser.add_argument("--imgsz", type=int, default=128, help="of the ablation; a multiple of 128")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench" / "ca-ssd", help="folder of all runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=cells.RESULTS, help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="measure how long it takes, and stop")
     parser.add_argument("--speed", action="store_true", help="measure milliseconds, and stop")
     parser.add_argument("--speed-imgsz", type=int, default=384)
@@ -349,8 +338,8 @@ def main() -> int:
         if options.plan:
             plan(place, len(missing))
             return 0
-        fill(files, missing, lambda cell: measure(place, cell))
-    results = read(files)
+        cells.fill(files, missing, lambda cell: measure(place, cell))
+    results = cells.read(files)
     texts = [shown(results), shown_counts(options.speed_imgsz)]
     texts += [shown_speed(json.loads(speed_file.read_text()))] if speed_file.exists() else []
     print("\n\n".join(text for text in texts if text))
@@ -358,4 +347,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(cells.guarded(main))

@@ -46,19 +46,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from bench.cells import (  # noqa: E402
-    RESULTS,
-    SEEDS,
-    Results,
-    data_yaml,
-    epoch_minutes,
-    fill,
-    guarded,
-    named,
-    read,
-    runs_of,
-    train,
-)
+from bench import cells  # noqa: E402
 from bench.learn import interval  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
@@ -98,7 +86,7 @@ MASKED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 DENSE = {"fine": "resnet18-deeplab", "coarse": "resnet18-deeplab-os16"}
 FIRST = ("begin", "fine", "coarse", "heavy", "light", "target-0.5", "price-0.05")  # the others are its two curves
 NAMES = (*FIRST, *(name for name in MASKED if name not in FIRST))
-CELLS = [f"{name}-{seed}" for name in NAMES for seed in SEEDS]
+CELLS = [f"{name}-{seed}" for name in NAMES for seed in cells.SEEDS]
 BATCH = 8
 OPTIONS = {"--batch-size": BATCH, "--workers": 0, "--cache": "ram", "--device": "cpu", "--amp": "bf16"}
 STRETCHES = 10
@@ -121,7 +109,7 @@ class Place:
 
     def data(self) -> Path:
         """The YAML of the data set."""
-        return data_yaml("camvid", self.camvid, self.work)
+        return cells.data_yaml("camvid", self.camvid, self.work)
 
     def test(self) -> tuple[Sequence[Sample], ImageSet]:
         """The images that models are judged by."""
@@ -163,12 +151,12 @@ def trained(place: Place, name: str, seed: int) -> tuple[Path, float]:
     if name != "begin":
         options["--weights"] = trained(place, "begin", seed)[0]
     epochs = place.begin if name == "begin" else place.epochs
-    return train(place.work / "runs" / f"{name}-{seed}", options, epochs, place.threads)
+    return cells.train(place.work / "runs" / f"{name}-{seed}", options, epochs, place.threads)
 
 
 def measure(place: Place, cell: str) -> dict[str, Any]:
     """Train a cell and judge it by the test images."""
-    name, seed = named(cell)
+    name, seed = cells.named(cell)
     best, minutes = trained(place, name, seed)
     checkpoint = load_checkpoint(best)
     network, (_, images) = restore(checkpoint).eval(), place.test()
@@ -250,9 +238,9 @@ def told(found: Sequence[tuple[float, np.ndarray]]) -> str:
     return f"{mean:.3f} +- {wide:.3f} ({' '.join(f'{value:.3f}' for value, _ in found)})"
 
 
-def apart(results: Results, name: str, other: str) -> tuple[float, float] | None:
+def apart(results: cells.Results, name: str, other: str) -> tuple[float, float] | None:
     """By how much a model is above another, over the seeds that both have, and half its interval."""
-    ours, theirs = runs_of(results, name), runs_of(results, other)
+    ours, theirs = cells.runs_of(results, name), cells.runs_of(results, other)
     both = sorted(ours.keys() & theirs.keys())
     if not both:
         return None
@@ -270,10 +258,10 @@ def shares(one: Mapping[str, Any]) -> str:
     return f"{np.mean(one['low']):.2f} +- {np.std(one['low']):.2f}"
 
 
-def shown(results: Results) -> str:
+def shown(results: cells.Results) -> str:
     rows = []
     for name in NAMES:
-        if runs := runs_of(results, name):
+        if runs := cells.runs_of(results, name):
             low = "; ".join(shares(one) for one in runs.values() if "low" in one) or None
             row = [name, f"{next(iter(runs.values()))['params']:,}", low, cost_of(runs), told(scores(runs))]
             rows.append([*row, difference(apart(results, name, "coarse")), difference(apart(results, name, "fine"))])
@@ -286,24 +274,26 @@ def shown(results: Results) -> str:
     return f"{head}\n\n{table(rows, columns)}"
 
 
-def shown_masks(results: Results) -> str:
+def shown_masks(results: cells.Results) -> str:
     """What other masks give in the place of those that were predicted."""
     rows = []
     for name in MASKED:
-        if runs := runs_of(results, name):
+        if runs := cells.runs_of(results, name):
             rows.append([name, told(scores(runs)), *(told(scores(runs, other)) for other in INSTEAD)])
     head = "mIoU with other masks in the place of the predicted ones"
     return f"{head}\n\n{table(rows, ('model', 'predicted', *(f'all {o}' if o != 'shuffled' else o for o in INSTEAD)))}"
 
 
-def verdicts(results: Results) -> str:
+def verdicts(results: cells.Results) -> str:
     """What was asked, in a line each, as far as it was measured."""
     lines = []
     if worth := apart(results, "fine", "coarse"):
         said = "it is worth something" if worth[0] > worth[1] else "its worth is not told apart from nothing"
         lines.append(f"resolution: fine minus coarse {difference(worth)}: {said}")
     low = {
-        cell: float(np.mean(one["low"])) for cell, one in results.items() if "low" in one and named(cell)[0] in MASKED
+        cell: float(np.mean(one["low"]))
+        for cell, one in results.items()
+        if "low" in one and cells.named(cell)[0] in MASKED
     }
     if low:
         gone = [cell for cell, share in low.items() if not COLLAPSED < share < 1 - COLLAPSED]
@@ -318,13 +308,13 @@ def verdicts(results: Results) -> str:
     return "\n".join([*lines, *beside_targets(results)])
 
 
-def beside_targets(results: Results) -> list[str]:
+def beside_targets(results: cells.Results) -> list[str]:
     """How far the curve of prices is above each target, at the multiply-adds of that target; `fine` has no price."""
-    priced = (runs_of(results, name) for name in ("fine", *MASKED) if name.startswith(("fine", "price")))
+    priced = (cells.runs_of(results, name) for name in ("fine", *MASKED) if name.startswith(("fine", "price")))
     points = sorted(((cost_of(runs), mean_miou(runs)) for runs in priced if runs), key=lambda point: point[0])
     lines = []
     for name in MASKED:
-        runs = runs_of(results, name)
+        runs = cells.runs_of(results, name)
         if not name.startswith("target") or not runs or not points:
             continue
         cost = cost_of(runs)
@@ -400,13 +390,13 @@ def plan(place: Place, missing: Sequence[str]) -> None:
     """Says how many minutes the missing cells take at most: epochs of a masked model, and four evaluations of each."""
     write_text(place.work / "plan.yaml", dump(model("price-0.05", place.width)))
     options = {"--cfg": place.work / "plan.yaml", "--data": place.data(), "--imgsz": place.imgsz, **OPTIONS}
-    first, epoch = epoch_minutes(
-        place.work / "plan", lambda folder, epochs: train(folder, options, epochs, place.threads)[1]
+    first, epoch = cells.epoch_minutes(
+        place.work / "plan", lambda folder, epochs: cells.train(folder, options, epochs, place.threads)[1]
     )
     began = time.perf_counter()
     judged(restore(load_checkpoint(place.work / "plan" / "1" / "best.pt")).eval(), place.test()[1])
     judging = (time.perf_counter() - began) / 60 * (1 + len(INSTEAD))
-    epochs = sum(place.begin if named(cell)[0] == "begin" else place.epochs for cell in missing)
+    epochs = sum(place.begin if cells.named(cell)[0] == "begin" else place.epochs for cell in missing)
     minutes = len(missing) * (first - epoch + judging) + epochs * epoch
     print(f"an epoch takes {60 * epoch:.1f} s, judging a model {60 * judging:.0f} s")
     print(f"{len(missing)} cells take {minutes:.0f} minutes at most, one after the other")
@@ -424,7 +414,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4, help="of each model behind it")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench" / "camvid", help="folder of all runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=cells.RESULTS, help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="measure how long it takes, and stop")
     parser.add_argument("--speed", action="store_true", help="measure milliseconds, and stop")
     parser.add_argument("--show", action="store_true", help="train nothing")
@@ -445,8 +435,8 @@ def main() -> int:
         if options.speed:
             write_text(speed_file, json.dumps(speed(place), indent=1) + "\n")
         else:
-            fill(files, missing, lambda cell: measure(place, cell), indent=None)
-    results = read(files)
+            cells.fill(files, missing, lambda cell: measure(place, cell), indent=None)
+    results = cells.read(files)
     costs = json.loads(speed_file.read_text()) if speed_file.exists() else None
     texts = [shown(results), shown_masks(results), verdicts(results), shown_speed(costs) if costs else ""]
     print("\n\n".join(text for text in texts if text))
@@ -454,4 +444,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(cells.guarded(main))

@@ -42,19 +42,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from bench.cells import (  # noqa: E402
-    RESULTS,
-    SEEDS,
-    Results,
-    data_yaml,
-    epoch_minutes,
-    fill,
-    guarded,
-    named,
-    read,
-    runs_of,
-    train,
-)
+from bench import cells  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
@@ -79,7 +67,7 @@ CFG = ROOT / "cfg" / "models" / "resnet18-fpn-cls.yaml"
 LAYERS = 4
 ON = {"plain": (), "chosen": None, "low": (0, 1), "high": (2, 3), "all": (0, 1, 2, 3), "flat": (0, 1)}  # levels
 NAMES = ("begin", *ON)  # begin: what all of a seed go on from
-CELLS = [f"{name}-{seed}" for seed in SEEDS for name in NAMES]
+CELLS = [f"{name}-{seed}" for seed in cells.SEEDS for name in NAMES]
 COUNT = 2  # levels that are chosen
 KEPT = 10  # one image in so many of each class is kept from training
 BATCH = 16
@@ -114,7 +102,7 @@ class Place:
 
 def splits(place: Place) -> dict[str, list[Sample]]:
     """The images to ``train`` on, those to ``choose`` levels by, and those to ``judge`` by."""
-    spec = read_data_spec(data_yaml("ucmerced", place.ucmerced, place.work))
+    spec = read_data_spec(cells.data_yaml("ucmerced", place.ucmerced, place.work))
     found: dict[str, list[Sample]] = {"train": [], "choose": [], "judge": []}
     for split, role in (("train", "train"), ("val", "judge")):
         seen: dict[int, int] = {}
@@ -127,7 +115,7 @@ def splits(place: Place) -> dict[str, list[Sample]]:
 
 def learned(place: Place) -> Path:
     """The YAML of the images to train on."""
-    found, names = splits(place), list(read_data_spec(data_yaml("ucmerced", place.ucmerced, place.work)).names)
+    found, names = splits(place), list(read_data_spec(cells.data_yaml("ucmerced", place.ucmerced, place.work)).names)
     for role, samples in found.items():
         write_text(place.work / f"{role}.txt", "".join(f"{sample.path.resolve()}\n" for sample in samples))
     whole = {"path": str(place.work), "train": "train.txt", "val": "judge.txt", "format": "folders", "names": names}
@@ -141,7 +129,7 @@ def learned(place: Place) -> Path:
 def train_cell(place: Place, folder: Path, start: Mapping[str, Path], epochs: int, seed: int) -> tuple[Path, float]:
     """The checkpoint of a training, which goes on where it was stopped, and the minutes that it took."""
     options = {**start, "--data": learned(place), **OPTIONS, "--imgsz": place.imgsz, "--seed": seed}
-    return train(folder, options, epochs, place.threads)
+    return cells.train(folder, options, epochs, place.threads)
 
 
 def begin(place: Place, seed: int) -> tuple[Path, float]:
@@ -225,10 +213,10 @@ def values(one: Mapping[str, Any], key: str, level: int | None, only: str | None
 
 
 def apart(
-    results: Results, name: str, other: str, key: str, level: int | None, only: str | None = None
+    results: cells.Results, name: str, other: str, key: str, level: int | None, only: str | None = None
 ) -> tuple[float, float, float] | None:
     """By how much a model is above another on the same images, and the interval of that; None where one is missing."""
-    ours, theirs = runs_of(results, name), runs_of(results, other)
+    ours, theirs = cells.runs_of(results, name), cells.runs_of(results, other)
     both = sorted(ours.keys() & theirs.keys())
     if not both:
         return None
@@ -248,7 +236,7 @@ def told(found: tuple[float, float, float] | None, scale: float = 1.0) -> str | 
     return found and "{:+.1f} ({:+.1f} to {:+.1f})".format(*(scale * value for value in found))
 
 
-def shown(results: Results) -> str:
+def shown(results: cells.Results) -> str:
     parts = [shown_choice(results)]
     parts += [part(results, only) for only in (None, AIRPLANE) for part in (shown_levels, shown_differences)]
     return "\n\n".join(part for part in [*parts, verdicts(results)] if part)
@@ -262,21 +250,21 @@ def on_layers(levels: Sequence[int]) -> str:
     return " ".join(str(level + 1) for level in levels) or "-"
 
 
-def shown_choice(results: Results) -> str:
+def shown_choice(results: cells.Results) -> str:
     """What the levels were chosen by."""
     rows = []
-    for seed, one in runs_of(results, "begin").items():
+    for seed, one in cells.runs_of(results, "begin").items():
         numbers = [f"{value:.1f}" for key in ("ad", "iic") for value in one[key]]
         rows.append([f"seed {seed}", f"{one['top1']:.3f}", *numbers, on_layers(one["chosen"])])
     head = "the common starts, on images that only the choice of levels saw: the weakest two Layers get the branches"
     return f"{head}\n\n{table(rows, [*columns('start'), 'chosen'])}" if rows else ""
 
 
-def shown_levels(results: Results, only: str | None) -> str:
+def shown_levels(results: cells.Results, only: str | None) -> str:
     """A row a model: top-1 of each seed, AD and IIC of each level, averaged over seeds."""
     rows = []
     for name in ON:
-        runs = list(runs_of(results, name).values())
+        runs = list(cells.runs_of(results, name).values())
         if not runs:
             continue
         on = " or ".join(dict.fromkeys(on_layers(one["levels"]) for one in runs))
@@ -287,12 +275,12 @@ def shown_levels(results: Results, only: str | None) -> str:
         rows.append(row)
     if not rows:
         return ""
-    some = next(one for name in ON for one in runs_of(results, name).values())
+    some = next(one for name in ON for one in cells.runs_of(results, name).values())
     how = f"{some['imgsz']} px, width {some['width']:g}, {some['epochs']} + {some['epochs']} epochs"
     head = (
         f"{only or 'all classes'}, {len(values(some, 'right', None, only))} images, {how}; AD is better low, IIC high"
     )
-    plain = [one["controls"] for one in runs_of(results, "plain").values()] if only is None else []
+    plain = [one["controls"] for one in cells.runs_of(results, "plain").values()] if only is None else []
     means = {name: np.mean([one[name] for one in plain], axis=0) for name in (plain[0] if plain else ())}
     nothing = "; ".join(f"{name} AD {ad:.1f} IIC {iic:.1f}" for name, (ad, iic) in means.items())
     below = f"\n\nmaps that look at nothing, on plain: {nothing}" if nothing else ""
@@ -300,7 +288,7 @@ def shown_levels(results: Results, only: str | None) -> str:
     return f"{head}\n\n{table(rows, (model, 'branches on', *others))}{below}"
 
 
-def shown_differences(results: Results, only: str | None) -> str:
+def shown_differences(results: cells.Results, only: str | None) -> str:
     """By how much each model is above `plain`, level by level, with intervals."""
     rows: list[list[Any]] = []
     for name in ON:
@@ -314,10 +302,10 @@ def shown_differences(results: Results, only: str | None) -> str:
     return f"{head}\n\n{table(rows, ('model', 'top-1', 'level', *KEYS.values()))}" if rows else ""
 
 
-def verdicts(results: Results) -> str:
+def verdicts(results: cells.Results) -> str:
     """F1 to F4 in a line each, as far as they were measured."""
     lines = []
-    plain = runs_of(results, "plain")
+    plain = cells.runs_of(results, "plain")
     for only in (None, AIRPLANE):
         if plain:
             lines.append(f"F1, {only or 'all classes'}: {low_levels(list(plain.values()), only)}")
@@ -332,7 +320,7 @@ def verdicts(results: Results) -> str:
             beside = [f"minus {other} {told(one, 100)}" for other, one in others.items() if one and other != name]
             lines.append(f"F3, {name}: top-1 is {said}: {'; '.join([f'minus plain {told(found, 100)}', *beside])}")
     for name in ("low", "chosen", "all"):
-        for seed, one in runs_of(results, name).items():
+        for seed, one in cells.runs_of(results, name).items():
             if seed in plain:
                 more = {key: 100 * (one[key] / plain[seed][key] - 1) for key in ("params", "macs")}
                 said = "holds" if more["params"] <= MOST_MORE else "does not hold"
@@ -355,7 +343,7 @@ def low_levels(runs: Sequence[Mapping[str, Any]], only: str | None) -> str:
     return f"{'holds' if good else 'does not hold'}: Layers 1 2 minus Layers 3 4: {'; '.join(parts)}"
 
 
-def explains_better(results: Results, only: str | None) -> str:
+def explains_better(results: cells.Results, only: str | None) -> str:
     """F2: with branches on Layers 1 and 2, AD falls and IIC rises on Layers 1, 2 and 4."""
     parts, good = [], True
     for level in (0, 1, 3):
@@ -421,7 +409,7 @@ def plan(place: Place, missing: Sequence[str]) -> float:
     def trained(folder: Path, epochs: int) -> float:
         return train_cell(place, folder, {"--cfg": place.work / "plain.yaml"}, epochs, 0)[1]
 
-    first, epoch = epoch_minutes(place.work / "plan", trained)
+    first, epoch = cells.epoch_minutes(place.work / "plan", trained)
     best = place.work / "plan" / "1" / "best.pt"
     checkpoint, found = load_checkpoint(best), splits(place)
     began = time.perf_counter()
@@ -447,7 +435,7 @@ def main() -> int:
     parser.add_argument("--per-class", type=int, help="images of each class, for a trial; default all")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench" / "fal", help="folder of all runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=cells.RESULTS, help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="measure how long it takes, and stop")
     parser.add_argument("--speed", action="store_true", help="measure milliseconds, and stop")
     parser.add_argument("--show", action="store_true", help="train nothing")
@@ -468,8 +456,8 @@ def main() -> int:
         if options.plan:
             plan(place, missing)
             return 0
-        fill(files, missing, lambda cell: measure(place, *named(cell), options.out), indent=None)
-    results = read(files)
+        cells.fill(files, missing, lambda cell: measure(place, *cells.named(cell), options.out), indent=None)
+    results = cells.read(files)
     costs = json.loads(speed_file.read_text()) if speed_file.exists() else None
     texts = [shown(results), shown_speed(options.imgsz, options.width, costs)]
     print("\n\n".join(text for text in texts if text))
@@ -477,4 +465,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(cells.guarded(main))

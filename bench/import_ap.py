@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import torch  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
+from engine.doors import door  # noqa: E402
 from engine.evaluate import evaluate  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from models.foreign import import_weights  # noqa: E402
@@ -54,22 +56,22 @@ KINDS = {  # by what the file of weights ends with
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="the state dict, or the ONNX file")
     parser.add_argument("--cfg", type=Path, help="default: the file that belongs to the weights")
     parser.add_argument("--data", type=Path, default=ROOT / "cfg" / "data" / "coco256.yaml")
     parser.add_argument("--limit", type=int, help="measure only so many images, to try the script")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.weights.suffix not in KINDS:
         parser.error(f"--weights {options.weights}: should end with {' or '.join(KINDS)}")
     kind = KINDS[options.weights.suffix]
     data = read_data_spec(options.data)
+    images = ImageSet(read_split(data, "val").samples[: options.limit], kind.imgsz)
     load = import_onnx if options.weights.suffix == ".onnx" else import_weights
     network, notes = load(options.weights, parse(options.cfg or ROOT / "cfg" / "models" / kind.cfg), data.names)
     for note in notes:
         print(f"note: {note}")
-    images = ImageSet(read_split(data, "val").samples[: options.limit], kind.imgsz)
     published = dict(zip(NUMBERS, kind.numbers, strict=True))
     rows, found = [("published", *kind.numbers)], {"published": published}
     for place in ("corner", "centre"):
@@ -84,4 +86,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(door(main)())

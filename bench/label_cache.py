@@ -30,8 +30,10 @@ from tqdm import tqdm  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.files import cache_folder, write_text  # noqa: E402
 from data.readers import read_split  # noqa: E402
-from data.readers.cache import SETTLED  # noqa: E402
+from data.readers.cache import FEWEST, SETTLED  # noqa: E402
 from data.readers.labels import Split  # noqa: E402
+from data.structures import Fault  # noqa: E402
+from engine.doors import door  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "label_cache.json"
 
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULT, help="where the result goes")
     parser.add_argument("--show", action="store_true", help="only the table of what was measured")
     options = parser.parse_args(argv)
+    if options.images < FEWEST:
+        raise Fault(f"--images {options.images}: labels of fewer than {FEWEST} images are not cached; 2000 is right")
     if not options.show:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
@@ -107,4 +111,4 @@ def same(one: Split, other: Split) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(door(main)())

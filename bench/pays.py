@@ -38,21 +38,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from bench import cells  # noqa: E402
 from bench.bccd import RECIPE  # noqa: E402
-from bench.cells import (  # noqa: E402
-    RESULTS,
-    SEEDS,
-    Results,
-    data_yaml,
-    epoch_minutes,
-    fill,
-    guarded,
-    named,
-    read,
-    runs_of,
-    timed_run,
-    train,
-)
 from bench.learn import JUDGED_BY, interval, judged  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
@@ -70,7 +57,7 @@ from search.space import Architecture, SearchSpace  # noqa: E402
 SPACES = {"kernel-act": "tiny-seed-search", "depth": "tiny-search", "width": "tiny-wide-search"}
 RANDOM = tuple(f"random{number}" for number in range(8))
 ROLES = ("found", "default", *RANDOM)
-CELLS = [f"{space}-{role}-{seed}" for space in SPACES for seed in SEEDS for role in ROLES]
+CELLS = [f"{space}-{role}-{seed}" for space in SPACES for seed in cells.SEEDS for role in ROLES]
 AS_DEAR = 0.03  # by how much a random subnet may be below the budget
 DRAWN = 1_001  # random subnets whose median is the budget
 LONGEST = 120  # minutes that everything may take
@@ -91,7 +78,7 @@ class Place:
 
     def data(self) -> Path:
         """The YAML of the data set."""
-        return data_yaml("bccd", self.bccd, self.work)
+        return cells.data_yaml("bccd", self.bccd, self.work)
 
     def options(self, seed: int) -> dict[str, Any]:
         """What a search and a training share."""
@@ -159,7 +146,7 @@ def searched(place: Place, name: str, seed: int, most: int) -> Path:
         fresh = [sys.executable, "search.py", *words, "--exist-ok"]
         again = [sys.executable, "search.py", "--resume", folder]
         surroundings = {**os.environ, "OMP_NUM_THREADS": str(place.threads)}
-        timed_run(folder, fresh, again, folder / "last.pt", ROOT, surroundings)
+        cells.timed_run(folder, fresh, again, folder / "last.pt", ROOT, surroundings)
     return folder / "best.yaml"
 
 
@@ -168,7 +155,7 @@ def searched(place: Place, name: str, seed: int, most: int) -> Path:
 
 def measure(place: Place, cell: str) -> dict[str, Any]:
     """Find or draw a subnet, train it from random weights, and judge it."""
-    whole, seed = named(cell)
+    whole, seed = cells.named(cell)
     name, _, role = whole.rpartition("-")
     spec, space, macs = space_of(name, place)
     most, file = budget(space, macs), place.work / f"{cell}.yaml"
@@ -178,7 +165,7 @@ def measure(place: Place, cell: str) -> dict[str, Any]:
         subnet = default_subnet(space, macs) if role == "default" else random_subnets(space, macs)[RANDOM.index(role)]
         write_text(file, dump(spec.freeze(subnet.picks)))
     options = {"--cfg": file, **place.options(seed)}
-    best, minutes = train(place.work / "runs" / cell, options, place.epochs, place.threads)
+    best, minutes = cells.train(place.work / "runs" / cell, options, place.epochs, place.threads)
     network = restore(load_checkpoint(best)).eval()
     costs = cost_tables(resolve(parse(file)), place.imgsz)
     about = {
@@ -204,7 +191,7 @@ def measure(place: Place, cell: str) -> dict[str, Any]:
 # ---- the table
 
 
-def best_random(results: Results, space: str, seed: int) -> Mapping[str, Any] | None:
+def best_random(results: cells.Results, space: str, seed: int) -> Mapping[str, Any] | None:
     """The random subnet that the validation images say is best."""
     there = [results[cell] for role in RANDOM if (cell := f"{space}-{role}-{seed}") in results]
     return max(there, key=lambda one: one["chosen_by"]["ap"]) if there else None
@@ -224,16 +211,16 @@ def told(pairs: Sequence[tuple[float, np.ndarray]], sign: str = "") -> str:
     return f"{mean:.3f} +- {wide:.3f} ({each})"
 
 
-def shown(results: Results, key: str = "ap") -> str:
+def shown(results: cells.Results, key: str = "ap") -> str:
     rows = []
     for space in SPACES:
-        found = runs_of(results, f"{space}-found")
+        found = cells.runs_of(results, f"{space}-found")
         rivals: dict[str, dict[int, tuple[float, np.ndarray]]] = {"random, mean": {}, "random, best": {}, "default": {}}
         costs: dict[str, list[float]] = {name: [] for name in rivals}
-        for seed in SEEDS:
+        for seed in cells.SEEDS:
             everyone = [results[cell] for role in RANDOM if (cell := f"{space}-{role}-{seed}") in results]
             sides = {
-                "default": runs_of(results, f"{space}-default").get(seed),
+                "default": cells.runs_of(results, f"{space}-default").get(seed),
                 "random, best": best_random(results, space, seed),
             }
             for name, one in sides.items():
@@ -274,8 +261,8 @@ def plan(place: Place, missing: Sequence[str]) -> None:
     file = place.work / "plan.yaml"
     write_text(file, dump(spec.freeze(default_subnet(space, macs).picks)))
     options = {"--cfg": file, **place.options(0)}
-    first, epoch = epoch_minutes(
-        place.work / "plan", lambda folder, epochs: train(folder, options, epochs, place.threads)[1]
+    first, epoch = cells.epoch_minutes(
+        place.work / "plan", lambda folder, epochs: cells.train(folder, options, epochs, place.threads)[1]
     )
     minutes = len(missing) * (first + (place.epochs - 1) * epoch)
     searches = sum("-found-" in cell for cell in missing)
@@ -295,7 +282,7 @@ def main() -> int:
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench" / "pays", help="folder of all runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=cells.RESULTS, help="folder of the results")
     parser.add_argument("--plan", action="store_true", help="measure how long it takes, and stop")
     parser.add_argument("--show", action="store_true", help="train nothing")
     options = parser.parse_args()
@@ -311,11 +298,11 @@ def main() -> int:
         if options.plan:
             plan(place, missing)
             return 0
-        fill(files, missing, lambda cell: measure(place, cell))
-    results = read(files)
+        cells.fill(files, missing, lambda cell: measure(place, cell))
+    results = cells.read(files)
     print(*(shown(results, key) for key in ("ap", "ap50")), sep="\n\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(cells.guarded(main))

@@ -223,6 +223,22 @@ def find(world: World, folder: Path) -> dict[str, Any]:
 # ---- what the two of them saw
 
 
+def in_two_processes(script: str | Path, *options: Any) -> str:
+    """What a script prints that torchrun runs twice on this machine; fails with it where the script does."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [*torchrun, str(script), *map(str, options)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            printed, _ = process.communicate(timeout=600)
+        except BaseException:
+            process.terminate()  # which ends its two processes as well; to kill it would leave them behind
+            raise
+    assert process.returncode == 0, printed
+    return printed
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("two")
@@ -233,17 +249,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def notes(folder: Path) -> list[dict[str, Any]]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [*torchrun, __file__, str(folder)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            printed, _ = process.communicate(timeout=600)
-        except BaseException:
-            process.terminate()  # which ends its two processes as well; to kill it would leave them behind
-            raise
-    assert process.returncode == 0, printed
+    in_two_processes(__file__, folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

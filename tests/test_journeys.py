@@ -11,12 +11,15 @@ from pathlib import Path
 
 import cv2
 import pytest
+from test_distributed import in_two_processes
+from test_train import MODEL
 
 from data.shapes import draw_shapes
 from engine.evaluate import main as val
 from engine.export import ENDINGS, NEEDED, PACKAGES
 from engine.infer import main as detect
 from engine.train import main as train
+from models.checkpoint import load_checkpoint, restore
 from models.parse import parse
 from search.judge import judge
 from search.run import main as search
@@ -230,12 +233,34 @@ def test_two_processes_search_as_one(data: Path):
     options = ["--cfg", folder / "search.yaml", "--data", data, "--epochs", "2", "--batch-size", "4", "--imgsz", "64"]
     options += ["--candidates", "2", "--calibration", "8", "--project", folder / "two", "--retrain", "1"]
     options += ["--supernet", "merge"]  # an epoch of mixtures, and one of subnets
-    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "search.py"]
-    done = subprocess.run([*started, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("results in") >= 1 and (folder / "two" / "exp" / "report.html").is_file()
+    printed = in_two_processes(ROOT / "search.py", *options)
+    assert printed.count("results in") >= 1 and (folder / "two" / "exp" / "report.html").is_file()
     assert len(rows_of(folder / "two" / "exp" / "retrain.csv")) == 1
     assert not (folder / "two" / "exp2").exists()
+
+
+def test_two_processes_train_as_one_and_one_alone_goes_on(data: Path, capsys):
+    folder = data.parent
+    (folder / "model.yaml").write_text(MODEL)
+    options = ["--cfg", folder / "model.yaml", "--data", data, "--epochs", "2", "--batch-size", "8", "--imgsz", "64"]
+    options += ["--workers", "0", "--device", "cpu", "--noplots", "--project", folder / "trained-by-two"]
+    printed = in_two_processes(ROOT / "train.py", *options)
+    run = folder / "trained-by-two" / "exp"
+    assert "on cpu, 2 processes" in printed and printed.count(f"results in {run}") == printed.count("last: ") == 1
+    assert [path.name for path in run.parent.iterdir()] == ["exp"], "only the first makes a folder"
+    assert (run / "results.csv").read_text().count("epoch") == 1
+    assert [row["epoch"] for row in rows_of(run / "results.csv")] == ["1", "2"]
+    assert len(list(run.glob("events.out.tfevents.*"))) <= 1  # 0 without TensorBoard
+    best, last = (load_checkpoint(run / name) for name in ("best.pt", "last.pt"))
+    assert best.names == last.names and best.training is None and restore(best).num_classes == 5
+    assert last.training is not None and (last.training["epoch"], last.training["processes"]) == (2, 2)
+
+    assert train(["--resume", str(run), "--epochs", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "1 processes, it began with 2" in told and "goes on after epoch 2 of 3" in told
+    assert [row["epoch"] for row in rows_of(run / "results.csv")] == ["1", "2", "3"]
+    last = load_checkpoint(run / "last.pt")
+    assert last.training is not None and (last.training["epoch"], last.training["processes"]) == (3, 1)
 
 
 @pytest.mark.parametrize(

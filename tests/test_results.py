@@ -7,6 +7,8 @@ import json
 import os
 import random
 import re
+import runpy
+import sys
 import time
 from pathlib import Path
 
@@ -145,6 +147,28 @@ def test_a_name_of_the_journeys_is_there(name):
     for part in inside:
         assert hasattr(thing, part), name
         thing = getattr(thing, part)
+
+
+MISSING = "train: images\nval: images\nnames: [circle]\npath: {folder}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("import_ap", ["--weights", "gone.onnx", "--data", "{folder}/data.yaml"], "the folder {folder}/gone does not"),
+        ("import_ap", ["--weights", "gone.onnx", "--data", "{folder}/none.yaml"], "none.yaml: there is no such file"),
+        ("label_cache", ["--images", "499"], "--images 499: labels of fewer than 500 images are not cached"),
+        ("label_cache", ["--show", "--out", "{folder}/none.json"], "{folder}/none.json: No such file or directory"),
+    ],
+)
+def test_what_a_bench_cannot_measure_is_one_line(name, options, told, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.yaml").write_text(MISSING.format(folder=tmp_path / "gone"))
+    monkeypatch.setattr(sys, "argv", [name, *(option.format(folder=tmp_path) for option in options)])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which the script adds to
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "bench" / f"{name}.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and told.format(folder=tmp_path) in error and error.count("\n") == 1
 
 
 # ---- bench/faults.py: what it takes for a clear end, and for a loss

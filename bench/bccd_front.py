@@ -37,6 +37,7 @@ from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from engine.calibrate import calibrate  # noqa: E402
 from engine.evaluate import calibration_images, check_imgsz  # noqa: E402
+from engine.jackknife import jackknife_error  # noqa: E402
 from engine.runs import read_csv, table, write_text  # noqa: E402
 from engine.train import train  # noqa: E402
 from models.checkpoint import load_checkpoint, restore, save_checkpoint  # noqa: E402
@@ -45,7 +46,7 @@ from models.network import Network  # noqa: E402
 from models.supernet import Supernet  # noqa: E402
 from search.config import SearchConfig  # noqa: E402
 from search.costs import CostTable, cost_tables, format_cost  # noqa: E402
-from search.front import SURE, jackknife_error, ranks  # noqa: E402
+from search.front import SURE, ranks  # noqa: E402
 from search.judge import judge  # noqa: E402
 from search.retrain import continued  # noqa: E402
 from search.run import search, split_train  # noqa: E402

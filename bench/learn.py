@@ -38,7 +38,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -64,6 +63,7 @@ from data.images import image_size  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.structures import Detections, Fault, Sample  # noqa: E402
 from engine.evaluate import coco_metrics, detections_of  # noqa: E402
+from engine.jackknife import jackknife_error  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from models.checkpoint import load_checkpoint, restore  # noqa: E402
 from models.foreign import import_weights  # noqa: E402
@@ -391,8 +391,7 @@ def shown_plan(place: Place, seconds: dict[str, list[float]]) -> tuple[str, floa
 
 def interval(without: Sequence[float]) -> float:
     """Half the 95 % interval: 1.96 standard errors of the delete-a-group jackknife."""
-    values = np.array(without)
-    return 1.96 * math.sqrt((len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum())
+    return 1.96 * jackknife_error(without)
 
 
 def better(result: dict[str, Any]) -> dict[str, Any]:

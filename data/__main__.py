@@ -16,7 +16,7 @@ from data.check import check, report_text
 from data.config import BOXES, SPLITS, read_data_spec
 from data.contact_sheet import write_contact_sheet
 from data.convert import IMAGES, convert
-from data.readers import some
+from data.readers.labels import some
 from data.shapes import draw_shapes
 from data.split import split_data
 from data.structures import PROGRAM, Fault, version

@@ -31,6 +31,7 @@ TRIES = 30  # places drawn for a pasted object before it is given up
 CENTRE = 0.875  # of an image's shorter side, which a classifier sees: 224 of 256 pixels, as since AlexNet
 MOST_STRETCH = 4 / 3  # of a part that is drawn of an image: width to height, or height to width
 CROP_TRIES = 10  # parts drawn before it is the middle that is taken
+NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)  # and no labels
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ def middle(image: np.ndarray, imgsz: int) -> tuple[np.ndarray, Letterbox]:
     height, width = image.shape[:2]
     box = centre_crop(width, height, imgsz)
     kept = shrink(image, longest_side(width, height, math.ceil(imgsz / CENTRE)))
-    none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-    source = Source(kept.shape[1], kept.shape[0], *none, lambda: kept)
+    source = Source(kept.shape[1], kept.shape[0], *NO_BOXES, lambda: kept)
     return compose([source], [place_of(box)], (imgsz, imgsz), (imgsz, imgsz))[0], box
 
 

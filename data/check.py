@@ -14,8 +14,8 @@ from tqdm import tqdm
 from data.config import BOXES, SPLITS, DataSpec
 from data.folder import data_spec
 from data.images import image_size, read_image
-from data.readers import READERS, read_split, some
-from data.readers.labels import IMAGE_FILE, Kind, Problem, Split
+from data.readers import READERS, read_split
+from data.readers.labels import IMAGE_FILE, Kind, Problem, Split, some
 from data.structures import Fault, Sample
 
 SMALL, LARGE = 32**2, 96**2  # square pixels of the original image, as COCO has them

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.augment import (
     CENTRE,
+    NO_BOXES,
     Augment,
     Picture,
     Shape,
@@ -50,8 +51,6 @@ CACHE_VERSION = 1  # of what an image on disk holds
 NEAR = 64  # images whose mosaics are made of each other
 RECENT = 2 * NEAR - 1  # decoded images that a process holds on to: the largest such group
 STRIDE = 32  # pixels; sides of a rectangle are multiples of it
-HEADERS = (".jpg", ".jpeg", ".png")  # of which the size is known without decoding
-NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 AUGMENT, ORDER = 1, 2  # purposes of a random stream: (seed, epoch, index, purpose)
 
 
@@ -130,10 +129,6 @@ class ImageSet(Dataset[Item]):
         """A copy for another process: without the images in memory, which would have to be sent through a pipe."""
         return {**self.__dict__, "_cache": {}, "_recent": {}, "_masks": {}, "_order": None}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose augmentations the items from now on show."""
-        self.epoch = epoch
-
     def set_augment(self, augment: Augment | None) -> None:
         """Chooses another augmentation, as a run does that closes its mosaic before the last epochs."""
         self.augment = augment
@@ -164,12 +159,7 @@ class ImageSet(Dataset[Item]):
     def size(self, index: int) -> tuple[int, int]:
         """Width and height of the image `index` on disk."""
         if index not in self._sizes:
-            path = self.samples[index].path
-            if path.suffix.lower() in HEADERS:
-                self._sizes[index] = image_size(path)
-            else:
-                height, width = read_image(path).shape[:2]
-                self._sizes[index] = width, height
+            self._sizes[index] = image_size(self.samples[index].path)
         return self._sizes[index]
 
     def shape(self, index: int) -> Shape:

@@ -123,7 +123,7 @@ def divide(
             _deal(int(unit), part_U, wanted_PC[:, rarest], wanted_P, wanted_PC, counts_UC, sizes_U)
     for unit in np.flatnonzero(part_U < 0):
         _deal(int(unit), part_U, wanted_P, wanted_P, wanted_PC, counts_UC, sizes_U)
-    _fill_empty(part_U, len(shares), sizes_U)
+    _fill_empty(part_U, len(shares))
     parts = {index: int(part_U[place]) for place, unit in enumerate(units) for index in unit}
     return [parts[index] for index in range(len(samples))]
 
@@ -145,7 +145,7 @@ def _deal(
     wanted_P[part] -= sizes_U[unit]
 
 
-def _fill_empty(part_U: np.ndarray, parts: int, sizes_U: np.ndarray) -> None:
+def _fill_empty(part_U: np.ndarray, parts: int) -> None:
     """No part stays empty as long as there are as many units as parts: the largest gives one away."""
     for part in range(parts):
         held = np.bincount(part_U, minlength=parts)

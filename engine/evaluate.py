@@ -33,6 +33,7 @@ from data.loader import batches
 from data.readers import Split, read_split
 from data.structures import Batch, Detections, Fault, Letterbox, Sample
 from engine.doors import door, option_parser, parse_device, parse_options
+from engine.jackknife import groups_of, remaining
 from engine.nms import nms
 from engine.plots import draw_evaluation
 from engine.runs import new_run, table, write_text
@@ -45,7 +46,6 @@ NUMBERS = (
     "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
 )  # fmt: skip  # in the order of COCOeval.stats
 
-JACKKNIFE_GROUPS = 10
 CALIBRATION_BATCH = 32
 NO_AREA = -1.0  # of an ignored object: it is of no size, and no size's number asks for it
 HIGH_CONFIDENCE = 0.01  # from here on AP is noticeably too low
@@ -133,14 +133,12 @@ def jackknife_ap(
 ) -> tuple[Metrics, tuple[float, ...]]:
     """`coco_metrics`, and AP with each group of images left out in turn, which says how sure the AP is.
 
-    This is the delete-a-group jackknife (Kott, Journal of Official Statistics 17, 2001). Image n belongs to group n
-    modulo the number of groups: 10, with fewer than 20 images half as many as there are images, with fewer than 4 none.
-    Detections are matched to truths only once. An AP is nan where the images that remain show nothing to find.
+    The groups are those of `engine.jackknife`. Detections are matched to truths only once. An AP is nan where the
+    images that remain show nothing to find.
     """
     evaluation = _matched(truths, detections, names, backend)
     metrics = _metrics(evaluation, names, len(truths))
-    groups = min(JACKKNIFE_GROUPS, len(truths) // 2)
-    return metrics, _ap_without(evaluation, len(truths), groups) if groups > 1 else ()
+    return metrics, _ap_without(evaluation, len(truths)) if groups_of(len(truths)) else ()
 
 
 def _metrics(evaluation: Any, names: Sequence[str], images: int) -> Metrics:
@@ -168,14 +166,13 @@ def _metrics(evaluation: Any, names: Sequence[str], images: int) -> Metrics:
     )
 
 
-def _ap_without(evaluation: Any, images: int, groups: int) -> tuple[float, ...]:
+def _ap_without(evaluation: Any, images: int) -> tuple[float, ...]:
     """AP without each group, from the matches of an evaluation, which is of no other use afterwards."""
     held = "_evalImgs_cpp" if hasattr(evaluation, "_evalImgs_cpp") else "evalImgs"
     matches = getattr(evaluation, held)  # of every class, then area, then image
     of_a_class = images * len(evaluation.params.areaRng)
     found = []
-    for group in range(groups):
-        kept = [image for image in range(images) if image % groups != group]
+    for kept in (places.tolist() for places in remaining(images)):
         for parameters in (evaluation.params, evaluation._paramsEval):
             parameters.imgIds, parameters.areaRng, parameters.maxDets = kept, parameters.areaRng[:1], [100]
         setattr(evaluation, held, [matches[at + n] for at in range(0, len(matches), of_a_class) for n in kept])

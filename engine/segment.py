@@ -22,12 +22,12 @@ from data.dataset import ImageSet
 from data.masks import read_mask
 from data.structures import VOID, LabelMap, Letterbox, Sample
 from engine.evaluate import Asked, answered, evaluating, file_names, timed, times_line, without_nan
+from engine.jackknife import groups_of, jackknife_error
 from engine.plots import WORST_IMAGES, draw_segmentation, most_wrong
 from engine.runs import atomically, new_run, table, write_text
 from models.network import Network
 
 ALL_ALIKE = "none"  # of --class-weights
-GROUPS = 10  # of images, each left out in turn to learn how sure the mean is
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,10 @@ def seg_metrics(confusions_NKK: np.ndarray, names: Sequence[str]) -> SegMetrics:
 
 
 def miou_error(confusions_NKK: np.ndarray) -> float:
-    """The standard error of the mIoU by the delete-a-group jackknife (Kott, Journal of Official Statistics 17, 2001).
-
-    Image n belongs to group n modulo the number of groups: 10, or half as many as there are images.
-    """
-    groups = min(GROUPS, len(confusions_NKK) // 2)
-    if groups < 2:
-        return math.nan
-    total_KK = confusions_NKK.sum(axis=0)
-    without = np.array([_mean(ious(total_KK - confusions_NKK[group::groups].sum(axis=0))) for group in range(groups)])
-    return float(np.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum()))
+    """The standard error of the mIoU, by the jackknife."""
+    groups, total_KK = groups_of(len(confusions_NKK)), confusions_NKK.sum(axis=0)
+    left_KK = (total_KK - confusions_NKK[group::groups].sum(axis=0) for group in range(groups))
+    return jackknife_error([_mean(ious(counts_KK)) for counts_KK in left_KK])
 
 
 def _shares(parts_K: np.ndarray, wholes_K: np.ndarray) -> np.ndarray:

@@ -24,8 +24,7 @@ from models.efficientnet import NORMALIZATIONS, naming_of, rows_of, take_unit_im
 from models.graph import Graph, Node, resolve
 from models.network import Network
 from models.ops.conv import Conv
-from models.parse import row_text
-from models.spec import Anchors, ModelSpec
+from models.spec import Anchors, ModelSpec, row_place
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "ema", "state")  # keys under which a file may keep its state dict
 IN_A_ROW = re.compile(r"((?:\D*\.)?)(\d+)\.(.+)")  # the first number in a name is the row's
@@ -70,14 +69,15 @@ def import_weights(
     notes += changed
     for node, layer in zip(graph.nodes, network.layers, strict=True):
         ours, theirs = layer.state_dict(), rows.pop(node.index, {})
+        place = row_place(node.index, node.layer)
         pairs = _pairs(ours, theirs, by_order=named is None)
         wanted = [name for name in ours if not name.endswith(COUNTER)]
         if wanted and not pairs.keys() & set(wanted):
             there = f"its row {node.index} has {_shapes(theirs)}" if theirs else f"it has no row {node.index}"
-            faults.append(f"{_place(node)}: needs {_shapes(ours)}; {path}: {there}")
+            faults.append(f"{place}: needs {_shapes(ours)}; {path}: {there}")
             continue
         if theirs and not ours:
-            faults.append(f"{_place(node)}: has no weights; {path}: its row {node.index} has {_shapes(theirs)}")
+            faults.append(f"{place}: has no weights; {path}: its row {node.index} has {_shapes(theirs)}")
             continue
         with torch.no_grad():
             for name, source in pairs.items():
@@ -86,11 +86,11 @@ def import_weights(
         surplus = {name: theirs[name] for name in theirs if name not in pairs.values() and not _is_known(node, name)}
         if named and (missing or surplus):
             there = f"has {_shapes(surplus)}" if surplus else "lacks it"
-            faults.append(f"{_place(node)}: needs {_shapes(missing) or 'nothing more'}; {path} {there}")
+            faults.append(f"{place}: needs {_shapes(missing) or 'nothing more'}; {path} {there}")
             continue
         if _is_folded(pairs, ours, theirs):
             faults.append(
-                f"{_place(node)}: needs {_shapes(missing)}; {path}: its row {node.index} has {_shapes(surplus)}: norms "
+                f"{place}: needs {_shapes(missing)}; {path}: its row {node.index} has {_shapes(surplus)}: norms "
                 "folded into convolutions; the file before that would be right"
             )
             continue
@@ -225,7 +225,8 @@ def _as_trained(path: Path, graph: Graph, rows: Mapping[int, Tensors]) -> tuple[
     num_classes, rest = widths[0] // per_level - 5, widths[0] % per_level
     if rest or num_classes < 1:
         raise Fault(
-            f"{_place(head)}: {per_level} anchors of 5 + classes do not make the {widths[0]} outputs a level of {path}"
+            f"{row_place(head.index, head.layer)}: {per_level} anchors of 5 + classes do not make the "
+            f"{widths[0]} outputs a level of {path}"
         )
     spec, changed = _with_classes(spec, num_classes)
     return spec, notes + changed
@@ -242,7 +243,8 @@ def _with_border(graph: Graph, spec: ModelSpec, normalization: str) -> ModelSpec
     """`spec` with a first row that pads with the mean colour, which the weights took for 0."""
     node = graph.nodes[0]
     if node.op.name != "Conv" or node.repeats != 1:
-        raise Fault(f"{_place(node)}: only one Conv can be made to normalize its input; got {normalization}")
+        place = row_place(node.index, node.layer)
+        raise Fault(f"{place}: only one Conv can be made to normalize its input; got {normalization}")
     mean = tuple(round(value, 6) for value in NORMALIZATIONS[normalization][0])
     row = replace(spec.layers[0], kwargs={**spec.layers[0].kwargs, "border": mean})
     return replace(spec, layers=(row, *spec.layers[1:]))
@@ -256,7 +258,7 @@ def _trained_anchors(path: Path, head: Node, theirs: Tensors) -> Anchors | None:
     levels = len(head.inputs) // getattr(head.op.module, "sets", 1)
     if cells.dim() != 3 or cells.shape[0] != levels or cells.shape[2] != 2:
         raise Fault(
-            f"{_place(head)}: reads {levels} levels; {path} has anchors {list(cells.shape)}, "
+            f"{row_place(head.index, head.layer)}: reads {levels} levels; {path} has anchors {list(cells.shape)}, "
             f"where [{levels}, anchors a level, 2] would fit"
         )
     strides = torch.tensor([shape.stride for shape in head.inputs[:levels]])
@@ -282,10 +284,6 @@ def _is_known(node: Node, name: str) -> bool:
 
 
 # ---- words
-
-
-def _place(node: Node) -> str:
-    return f"{node.layer.where} layer {node.index} {row_text(node.layer)}"
 
 
 def _sizes(anchors: Anchors) -> str:

@@ -212,8 +212,8 @@ def _build_row(node: Node, supernet: str | None) -> nn.Module:
             f"{where}: {names} make {len(picks)} whole blocks, an independent supernet holds at most "
             f"{MOST_CANDIDATES} in a row; --supernet shared holds any number"
         )
-    joint = joint_choice(node)
-    return IndependentRow(joint, lambda option: build_plain(node, dict(zip(names_of(node), option, strict=True))))
+    chosen = [choice.name for choice in node.choices]
+    return IndependentRow(joint_choice(node), lambda option: build_plain(node, dict(zip(chosen, option, strict=True))))
 
 
 def _side_by_side(node: Node) -> Choice | None:
@@ -222,10 +222,6 @@ def _side_by_side(node: Node) -> Choice | None:
     if len(node.choices) != 1 or not any(isinstance(node.arguments.get(name), Choice) for name in whole):
         return None
     return node.choices[0]
-
-
-def names_of(node: Node) -> list[str]:
-    return [choice.name for choice in node.choices]
 
 
 def joint_choice(node: Node) -> Choice:

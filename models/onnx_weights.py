@@ -24,8 +24,7 @@ from data.structures import Fault
 from models.graph import Graph, Node, resolve
 from models.network import Network
 from models.ops.conv import Conv
-from models.parse import row_text
-from models.spec import ModelSpec
+from models.spec import ModelSpec, row_place
 
 BRIGHTEST = 255.0  # YOLOX sees blue, green and red from 0 to 255, since its version 0.1.1
 CSP = ("cv1", "cv2", "m", "cv3")  # how YOLOX computes it; our own order of definition is another one
@@ -95,8 +94,8 @@ def import_onnx(path: Path, spec: ModelSpec, names: Sequence[str] | None = None)
     for number, (place, convolution) in enumerate(zip(ours, theirs, strict=False)):
         if not place.takes(convolution):
             raise Fault(
-                f"{_where(place.node)}: needs {place}; convolution {number} of {path} is {convolution}"
-                f"{'' if convolution.bias is not None else ', without a bias'}"
+                f"{row_place(place.node.index, place.node.layer)}: needs {place}; convolution {number} of {path} "
+                f"is {convolution}{'' if convolution.bias is not None else ', without a bias'}"
             )
     if len(ours) != len(theirs):
         raise Fault(f"{path}: has {len(theirs)} convolutions, {spec.path} has {len(ours)}")
@@ -241,10 +240,6 @@ def _as_trained(spec: ModelSpec, graph: Graph, theirs: Sequence[Convolution]) ->
     if found == spec.num_classes:
         return spec, []
     return replace(spec, num_classes=found), [f"nc: {spec.num_classes} in {spec.path}; taken from the weights: {found}"]
-
-
-def _where(node: Node) -> str:
-    return f"{node.layer.where} layer {node.index} {row_text(node.layer)}"
 
 
 def _shown(shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.jackknife import jackknife_error
 from engine.runs import atomically, table, write_csv
 from engine.tasks import Task
 from search.costs import Budget, format_cost
@@ -110,18 +111,6 @@ def on_front(judged: Sequence[Judged], metrics: Sequence[str]) -> list[bool]:
 
 
 # ---- noise
-
-
-def jackknife_error(without: Sequence[float] | np.ndarray) -> float:
-    """The standard error of a value, from the same value with each of g equal groups of images left out in turn:
-    ``se^2 = (g - 1) / g * sum (v_i - mean v)^2`` (Tukey's jackknife; by groups: Kott, The delete-a-group jackknife,
-    Journal of Official Statistics 2001). nan without two groups.
-    """
-    values = np.asarray(without, float)
-    groups = len(values)
-    if groups < 2:
-        return math.nan
-    return math.sqrt((groups - 1) / groups * float(((values - values.mean()) ** 2).sum()))
 
 
 def score_error(one: Judged) -> float:

@@ -17,7 +17,8 @@ from data.masks import read_mask
 from data.structures import Batch, Detections, Fault, Sample
 from engine.calibrate import calibrate_by
 from engine.classify import ClassMetrics, class_metrics, true_labels
-from engine.evaluate import JACKKNIFE_GROUPS, jackknife_ap, pixels, to_original
+from engine.evaluate import jackknife_ap, pixels, to_original
+from engine.jackknife import remaining
 from engine.nms import nms
 from engine.segment import SegMetrics, confusion_of, label_map, seg_metrics
 from engine.tasks import task_of
@@ -215,13 +216,6 @@ def jackknife_miou(
     confusions_NKK = np.stack(confusions)
     without = tuple(seg_metrics(confusions_NKK[kept], names).miou for kept in remaining(len(samples)))
     return seg_metrics(confusions_NKK, names), without
-
-
-def remaining(count: int) -> list[np.ndarray]:
-    """The places of the images that remain of `count` where each group is left out in turn; nothing without groups."""
-    groups = min(JACKKNIFE_GROUPS, count // 2)
-    places = np.arange(count)
-    return [places[places % groups != group] for group in range(groups)] if groups > 1 else []
 
 
 JUDGINGS = {

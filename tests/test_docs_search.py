@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.config import add_options, checked, option_name
 from engine.doors import option_parser, parse_options
-from engine.evaluate import JACKKNIFE_GROUPS
+from engine.jackknife import JACKKNIFE_GROUPS
 from models.graph import normalize
 from models.parse import parse_text
 from search.blocks import SCRIPT

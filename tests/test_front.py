@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.jackknife import jackknife_error
 from engine.tasks import DETECT
 from models.spec import Choice
 from search.costs import Budget
@@ -19,7 +20,6 @@ from search.front import (
     draw_front,
     front_table,
     hypervolume,
-    jackknife_error,
     knee,
     non_dominated,
     numbered,

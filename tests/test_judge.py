@@ -22,14 +22,14 @@ from data.shapes import draw_shapes
 from data.structures import Detections, Fault, Sample
 from engine.calibrate import calibrate, calibrate_by
 from engine.classify import class_metrics
-from engine.evaluate import JACKKNIFE_GROUPS, calibration_images, coco_metrics, evaluate, jackknife_ap
+from engine.evaluate import calibration_images, coco_metrics, evaluate, jackknife_ap
+from engine.jackknife import JACKKNIFE_GROUPS, jackknife_error
 from engine.segment import seg_metrics
 from engine.tasks import evaluate as evaluate_task
 from engine.tasks import task_of
 from models.parse import parse_text
 from models.supernet import Supernet
 from search import judge as module
-from search.front import jackknife_error
 from search.judge import first_choice, jackknife_miou, jackknife_top1, judge
 from search.space import SearchSpace
 

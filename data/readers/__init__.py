@@ -42,7 +42,6 @@ from data.structures import Fault, Sample, nearest
 READERS: dict[str, ModuleType] = {"yolo": yolo, "voc": voc, "masks": masks}  # those with one label file an image
 MOST_FAULTS = 20  # lines of a fault before "... and N more"
 MOST_ALIKE = 5  # notes of one kind; where there are more, three of them and a count
-MOST_NAMES = 5  # files named in a row
 
 ReadLabels = Callable[[int, tuple[int, int]], Labels]  # an image's index and size -> what its label file says
 
@@ -224,9 +223,3 @@ def notes_of(data: DataSpec, problems: Sequence[Problem]) -> tuple[str, ...]:
                 f"python -m data check {data.path} lists all"
             )
     return tuple(notes)
-
-
-def some(names: Sequence[str], most: int = MOST_NAMES) -> str:
-    """The first few different names, and dots where there are more."""
-    different = list(dict.fromkeys(names))
-    return ", ".join([*different[:most], *(["..."] if len(different) > most else [])])

@@ -10,10 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 
 from data.config import DataSpec
-from data.readers.labels import NO_CLASS, TRAINED, Labels, Problem, labels_of
+from data.readers.labels import NO_CLASS, TRAINED, Labels, Problem, labels_of, some
 from data.structures import nearest
-
-MOST_NAMES = 5  # of classes that a problem shows
 
 
 def list_split(data: DataSpec, split: str, images: Sequence[str]) -> tuple[list[str], list[int], list[Problem]]:
@@ -44,6 +42,5 @@ def labels_for(label: int, size: tuple[int, int]) -> Labels:
 
 def _stray(folder: str, count: int, names: Sequence[str]) -> str:
     name = os.path.basename(folder)
-    shown = ", ".join([*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])])
     images = "an image" if count == 1 else f"{count} images"
-    return f"holds {images}, but {name!r} is no class{nearest(name, names) or f'; classes are {shown}'}"
+    return f"holds {images}, but {name!r} is no class{nearest(name, names) or f'; classes are {some(names)}'}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from data.structures import MaskFile, Sample
 MOST_BOXES = 10_000  # of an image; more take all memory in a loss, and are no labels
 LARGEST_FILE = 8_000_000  # bytes of an image's label file; so many boxes take less
 LONGEST_QUOTE = 60  # letters of a file that a problem repeats
+MOST_NAMES = 5  # of files, classes or ids that a problem shows in a row
 
 TRAINED, DIFFICULT, CROWD = 0, 1, 2  # what an object is for: training sees only the first
 
@@ -175,3 +176,9 @@ def no_labels(*problems: Problem, lost: bool = False) -> Labels:
 
 
 _EMPTY = (np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
+
+
+def some(names: Sequence[str], most: int = MOST_NAMES) -> str:
+    """The first few different names, and dots where there are more."""
+    different = list(dict.fromkeys(names))
+    return ", ".join([*different[:most], *(["..."] if len(different) > most else [])])

@@ -23,12 +23,12 @@ from data.readers.labels import (
     Problem,
     labels_of,
     no_labels,
+    some,
 )
 from data.structures import VOID, Fault, MaskFile
 
 __all__ = ["SUFFIX", "label_path", "read_labels"]
 
-MOST_IDS = 5  # that a problem names
 IMAGES, MASKS = f"{os.sep}images{os.sep}", f"{os.sep}masks{os.sep}"
 
 
@@ -89,7 +89,7 @@ def _is_void(data: DataSpec, number: int) -> bool:
 
 
 def _unknown(data: DataSpec, numbers: list[int], pixels: int) -> str:
-    shown = ", ".join([*map(str, numbers[:MOST_IDS]), *(["..."] if len(numbers) > MOST_IDS else [])])
+    shown = some([str(number) for number in numbers])
     known = ids_of(len(data.names), data.void).tolist()
     void = sorted({*data.void, VOID})
     return (

@@ -6,19 +6,17 @@ Shape letters: N images, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.structures import Targets
 from models.labels import label_counts
 from models.ops.merge import no_margin
+from models.ops.primitives import Dropout
 from models.registry import Shape, register_op
-
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def classify_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
@@ -38,7 +36,7 @@ class Classify(nn.Module):
 
     task = "classify"
 
-    def __init__(self, inputs: Sequence[Shape], num_classes: int, *, dropout: Share = 0.0) -> None:
+    def __init__(self, inputs: Sequence[Shape], num_classes: int, *, dropout: Dropout = 0.0) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.options = {"label_smoothing": 0.0}

@@ -16,14 +16,13 @@ from torch.nn import functional as F
 from data.structures import VOID, Targets
 from models.elastic import WithAux
 from models.ops.merge import no_margin
-from models.ops.primitives import Width
+from models.ops.primitives import Dropout, Width
 from models.ops.resnet import EPS, resnet_norm
-from models.registry import Shape, one_to_one, register_op
+from models.registry import Shape, register_op
 
 PARTS = 4  # channels of an auxiliary head: a quarter of its map's, as torchvision has it
 
 Gain = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def segment_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
@@ -93,11 +92,7 @@ def pixel_loss(logits: Tensor, targets: Targets, smoothing: float = 0.0, class_w
     return total / counted.where(counted > 0, 1)
 
 
-def aux_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
-    return one_to_one(inputs, {})
-
-
-@register_op(infer=aux_shape)
+@register_op()
 class AuxSegHead(nn.Module):
     """A map as it came, and in training a second segmenter on it: a 3x3 convolution to a quarter of the channels, a
     norm, a ReLU, a dropout and a 1x1 convolution. Its loss, `weight` times the mean cross-entropy of all pixels that
@@ -111,7 +106,7 @@ class AuxSegHead(nn.Module):
     aux_name, is_price = "aux", False
 
     def __init__(
-        self, inputs: Sequence[Shape], num_classes: Width, weight: Gain = 0.4, *, dropout: Share = 0.1
+        self, inputs: Sequence[Shape], num_classes: Width, weight: Gain = 0.4, *, dropout: Dropout = 0.1
     ) -> None:
         super().__init__()
         channels = inputs[0].channels

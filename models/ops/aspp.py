@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from models.ops.conv import Conv
-from models.ops.primitives import DEFAULT, Act, Eps, Step, Width
+from models.ops.primitives import DEFAULT, Act, Dropout, Eps, Step, Width
+from models.ops.resnet import EPS
 from models.registry import register_op
-
-EPS = 1e-5  # of torch's batch norms, and so of torchvision's weights
 
 
 def _some(rates: tuple[int, ...]) -> tuple[int, ...]:
@@ -25,7 +24,6 @@ def _some(rates: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Rates = Annotated[tuple[Step, ...], AfterValidator(_some)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @register_op()
@@ -44,7 +42,7 @@ class ASPP(nn.Module):
         c_out: Width = 256,
         dilations: Rates = (12, 24, 36),
         *,
-        dropout: Share = 0.5,
+        dropout: Dropout = 0.5,
         act: Act = DEFAULT,
         eps: Eps = EPS,
     ) -> None:

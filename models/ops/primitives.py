@@ -6,7 +6,6 @@ Arithmetic on a choice happens here only, so an op made of these is searchable w
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.structures import nearest
 from models.elastic import (
     Channels,
     ElasticActivation,
@@ -42,9 +42,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 def _known_activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        close = difflib.get_close_matches(name, ACTIVATIONS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(ACTIVATIONS)}"
-        raise ValueError(f"is unknown; {hint}")
+        known = f"; known are {', '.join(ACTIVATIONS)}"
+        raise ValueError(f"is unknown{nearest(name, ACTIVATIONS) or known}")
     return name
 
 
@@ -55,6 +54,7 @@ Step = Annotated[int, Field(ge=1, le=64)]
 Pad = Annotated[int, Field(ge=0, le=64)]
 Same = Literal["same"]  # the padding of TensorFlow, see `PaddedConv2d`
 Eps = Annotated[float, Field(gt=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=8)]
 Expansion = Fraction | Choice
 Expansions = Expansion | PerBottleneck

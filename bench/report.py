@@ -253,6 +253,8 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "speed": lambda: speed(),
     "learn": lambda: tables("learn")[0],
     "bccd_front": lambda: tables("bccd_front")[0].only("", "macs", "AP", "AP50", "found - random", "+-", "better"),
+    "pays": lambda: tables("pays")[0],
+    "ranking": lambda: or_none(tables("ranking")[0]),
     "shapes": lambda: tables("shapes")[0],
     "ca_ssd": lambda: tables("ca_ssd")[0].only("neck", "GMACs", "AP50 (each seed)", "full is better in AP50 by"),
     "camvid": lambda: tables("camvid")[0].only(

@@ -49,6 +49,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data.structures import Targets  # noqa: E402
+from engine.doors import keep_freed_memory  # noqa: E402
 from engine.optim import averaged, make_optimizer  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from models.distill import distillation_loss  # noqa: E402
@@ -348,6 +349,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as train.py and search.py do
     results = []
     for model in options.models:
         for name in [name for name in MODELS[model] if name in options.cells]:

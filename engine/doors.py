@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -15,6 +16,8 @@ from data.structures import PROGRAM, Fault, nearest, version
 from models.user_ops import load_ops
 
 DEAD_WORKER = "DataLoader worker"  # how torch's error about one begins
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_BLOCK = 32 * 2**20  # bytes that glibc takes from what it holds at most
 LESS_MEMORY = "was memory short? fewer --workers would be right; --resume goes on after the last finished epoch"
 
 
@@ -103,11 +106,26 @@ def parse_options(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespa
         raise Fault(f"--threads {options.threads}: 1 or more would be right")
     if options.threads:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()
     del options.threads
     for file in options.ops:
         load_ops(Path(file))
     del options.ops
     return options
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps what a step frees for the next one, where its C library is glibc.
+
+    By itself glibc hands large blocks back at once and asks for them again, and the system clears each of their pages
+    anew: on a CPU a twentieth of a training step, and more where a step holds more at once (`bench/step_cost.py`).
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another C library has none
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
 
 
 def parse_device(name: str) -> torch.device:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from data.structures import Fault
 from engine.config import TrainConfig, option_name, read_options, save_config, train_config
 from engine.doors import door, option_parser, parse_device, parse_options
 from engine.runs import append_csv, atomically, draw_curves, new_run, read_csv, table, write_csv
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def raising(problem: BaseException) -> int:
@@ -165,3 +170,25 @@ def test_scientific_numbers_in_a_file_are_numbers(tmp_path: Path) -> None:
 def test_every_option_says_what_it_is() -> None:
     for name, field in TrainConfig.model_fields.items():
         assert field.description, option_name(name)
+
+
+PAGES = """
+import resource, sys, torch
+from engine.doors import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for step in range(8):
+    if step == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(4 * 2**20) for _ in range(6)]  # 16 MiB each
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="what glibc does by itself")
+def test_memory_that_a_step_frees_is_there_for_the_next_one() -> None:
+    """Pages that the system had to clear in five steps of 96 MiB, 4 KiB each at most."""
+    command = [sys.executable, "-c", PAGES, "keep"]  # 123,000 without
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1_000

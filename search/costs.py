@@ -22,7 +22,7 @@ from models.ops.primitives import PlainAct
 from models.spec import Choice, choices_in
 from search.space import Architecture
 
-METRICS = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "ms"}  # and their units
+METRICS = ("macs", "params", "latency_ms")
 SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -148,11 +148,6 @@ def check_budgets(budgets: Sequence[Budget], tables: Mapping[str, CostTable]) ->
 
 def within(costs: Mapping[str, float], budgets: Sequence[Budget]) -> bool:
     return all(costs[budget.metric] <= budget.limit for budget in budgets)
-
-
-def with_unit(metric: str, value: float) -> str:
-    """``812.400M multiply-adds``, ``2.512M parameters`` or ``11.3 ms``."""
-    return f"{format_cost(metric, value)} {METRICS[metric]}"
 
 
 def format_cost(metric: str, value: float, exact: bool = False) -> str:

@@ -24,7 +24,6 @@ from search.costs import (
     format_cost,
     parse_budget,
     row_costs,
-    with_unit,
     within,
 )
 from search.space import Architecture, SearchSpace
@@ -121,9 +120,6 @@ def test_budgets_are_read_and_told_apart():
 
 def test_numbers_are_shown_with_their_units():
     assert format_cost("macs", 83_327_385_600) == "83.327G" and format_cost("latency_ms", 12.345) == "12.3"
-    assert with_unit("macs", 812_400_000) == "812.400M multiply-adds"
-    assert with_unit("params", 2_512_000) == "2.512M parameters"
-    assert with_unit("latency_ms", 12.345) == "12.3 ms"
     assert str(Budget("latency_ms", 12.0)) == "latency_ms=12" and str(Budget("macs", 9e8)) == "macs=900.000M"
 
 

@@ -44,8 +44,8 @@ from data.structures import Fault  # noqa: E402
 from engine.config import checked, read_options, save_config  # noqa: E402
 from engine.distributed import start  # noqa: E402
 from engine.evaluate import CALIBRATION_BATCH, calibration_images, pixels  # noqa: E402
+from engine.prepare import augmentation, describe  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
-from engine.train import augmentation, describe  # noqa: E402
 from models.checkpoint import load_checkpoint  # noqa: E402
 from models.supernet import Supernet  # noqa: E402
 from search.config import SearchConfig  # noqa: E402

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.draw import FONT, class_color, draw_box
 from engine.explain_metrics import NUMBERS, Interval, numbers_of
-from engine.plots import _figure, _save, shown_name
+from engine.plots import new_figure, save_figure, shown_name
 
 TILE = 320  # pixels a tile is wide, at least
 WIDEST = 480  # and at most
@@ -138,7 +138,7 @@ def draw_metrics(path: Path, found: Mapping[str, Mapping[str, Interval]], levels
     known = numbers_of(found)
     columns = 3 if len(known) in (3, 5, 6) else 4
     lines = -(-len(known) // columns)
-    figure = _figure(3.6 * columns, 3.0 * lines + 0.4)
+    figure = new_figure(3.6 * columns, 3.0 * lines + 0.4)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in panels[len(known) :]:
         axes.set_axis_off()
@@ -156,4 +156,4 @@ def draw_metrics(path: Path, found: Mapping[str, Mapping[str, Interval]], levels
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     figure.suptitle(f"{title}; grey: maps that look at nothing", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -239,8 +239,7 @@ class Model:
         """What is in each picture of a batch, boxes in its own pixels, on the CPU. ``seconds`` collects the time."""
         seconds = defaultdict(float) if seconds is None else seconds
         with timed(seconds, "network", self.device):
-            images = batch.to(self.device)
-            boxes, scores = self.network.predict((images.half() if self.half else images.float()) / 255)
+            boxes, scores = self.network.predict(self._input(batch))
         found = []
         with timed(seconds, "nms", self.device):
             for index, letterbox in enumerate(letterboxes):
@@ -262,8 +261,7 @@ class Model:
     def rank(self, batch: Tensor, seconds: dict[str, float] | None = None) -> list[structures.Ranking]:
         """The likeliest classes of each picture of a batch, on the CPU. ``seconds`` collects the time."""
         with timed(defaultdict(float) if seconds is None else seconds, "network", self.device):
-            images = batch.to(self.device)
-            scores = cast(Any, self.network.predict((images.half() if self.half else images.float()) / 255))
+            scores = cast(Any, self.network.predict(self._input(batch)))
             return [ranking(row) for row in scores]
 
     @torch.inference_mode()
@@ -274,8 +272,11 @@ class Model:
         time.
         """
         with timed(defaultdict(float) if seconds is None else seconds, "network", self.device):
-            images = batch.to(self.device)
-            return label_maps(self.network, (images.half() if self.half else images.float()) / 255, letterboxes)
+            return label_maps(self.network, self._input(batch), letterboxes)
+
+    def _input(self, batch: Tensor) -> Tensor:
+        images = batch.to(self.device)
+        return (images.half() if self.half else images.float()) / 255
 
 
 def load(

@@ -102,17 +102,17 @@ def draw_segmentation(
 
 def draw_pixels(path: str | Path, samples: Sequence[Sample], names: Sequence[str]) -> None:
     """How many pixels are of each class."""
-    figure = _figure(max(8.0, 0.16 * len(names)), 5.0)
+    figure = new_figure(max(8.0, 0.16 * len(names)), 5.0)
     _draw_counts(figure.subplots(), pixels_of(samples, len(names)), names, "pixels")
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def draw_classes(path: str | Path, samples: Sequence[Sample], names: Sequence[str]) -> None:
     """How many images each class has."""
     counts = instances(samples, len(names))
-    figure = _figure(max(8.0, 0.16 * len(names)), 5.0)
+    figure = new_figure(max(8.0, 0.16 * len(names)), 5.0)
     _draw_counts(figure.subplots(), counts, names, "images")
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def draw_labels(path: str | Path, samples: Sequence[Sample], names: Sequence[str]) -> None:
@@ -257,13 +257,13 @@ def shown_name(name: str, most: int = NAME_LENGTH) -> str:
     return line if len(line) <= most else f"{line[: most - most // 3 - 1]}…{line[-(most // 3) :]}"
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # here because it is slow to import; it needs no screen
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     with atomically(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # its font has no sign for every name
         figure.savefig(temporary, dpi=120)
@@ -299,7 +299,7 @@ def _draw_lines(
     mark: tuple[float, float] | None = None,
 ) -> None:
     """A thin line a class and a thick one for their mean; few classes are named, many are grey."""
-    figure = _figure(8.5, 5.5)
+    figure = new_figure(8.5, 5.5)
     axes = figure.subplots()
     few = len(rows) <= LEGEND_CLASSES
     lines = [
@@ -318,7 +318,7 @@ def _draw_lines(
         _legend(axes, lines, shown)
     else:
         axes.text(0.5, 0.5, "no objects", ha="center", va="center", color="0.5")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_precision(path: Path, found: Sequence[Curve], names: Sequence[str]) -> None:
@@ -353,7 +353,7 @@ def _draw_confusion(
     count = len(matrix)
     side = min(30.0, max(5.0, 2.0 + 0.24 * count if count > NUMBER_CLASSES else 2.5 + 0.45 * count))
     shares = matrix / np.maximum(matrix.sum(axis=0), 1)
-    figure = _figure(side + 1.5, side)
+    figure = new_figure(side + 1.5, side)
     axes = figure.subplots()
     picture = axes.imshow(np.where(matrix > 0, shares, np.nan), cmap="Blues", vmin=0, vmax=1)
     size = 7 if count > NUMBER_CLASSES else 9
@@ -374,11 +374,11 @@ def _draw_confusion(
     bar = figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the column")
     if shares_only:
         bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_statistics(path: Path, counts: np.ndarray, statistics: LabelStatistics, names: Sequence[str]) -> None:
-    figure = _figure(max(11.0, 0.16 * len(names)), 10.0)
+    figure = new_figure(max(11.0, 0.16 * len(names)), 10.0)
     bars, *rest = figure.subplot_mosaic("AAA;BCD", height_ratios=(1, 1)).values()
     _draw_counts(bars, counts, names, "objects")
     centres, sizes, aspects = rest
@@ -397,7 +397,7 @@ def _draw_statistics(path: Path, counts: np.ndarray, statistics: LabelStatistics
     aspects.hist(ratios, bins=np.linspace(-4, 4, 49), color="#1f4fd8")
     aspects.set_xticks(range(-4, 5, 2), ["1:16", "1:4", "1:1", "4:1", "16:1"])
     aspects.set(xlabel="width : height", ylabel="boxes")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_counts(axes: Any, counts: np.ndarray, names: Sequence[str], what: str) -> None:

@@ -68,7 +68,6 @@ from engine.prepare import (
     images_hash,
     load_teacher,
     read_data,
-    read_labelled,
     set_loss,
     train_mode,
 )
@@ -80,8 +79,6 @@ from engine.unfold import with_statistics
 from models.checkpoint import Checkpoint, aligned, load_checkpoint, save_checkpoint, warm_start
 from models.network import Network, build
 from models.parse import dump
-
-__all__ = ["augmentation", "describe", "read_labelled", "train"]  # the first three are `engine.prepare`'s
 
 CALIBRATED_RUN = 5_000  # steps; in a shorter run the running averages of batch norm lag behind the weights
 CALIBRATION_IMAGES = 256

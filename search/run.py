@@ -24,9 +24,9 @@ from engine.doors import door, option_parser, parse_options
 from engine.evaluate import calibration_images, check_imgsz
 from engine.export import ANY_SIZE, ENDINGS, Suppression, check_packages, export
 from engine.plan import check_single
+from engine.prepare import augmentation, describe, read_labelled
 from engine.runs import new_run, write_csv, write_text
 from engine.tasks import Task, check_options, evaluate, task_of
-from engine.train import augmentation, describe, read_labelled
 from engine.unfold import with_statistics
 from models.checkpoint import load_checkpoint, warm_start
 from models.graph import resolve
@@ -63,7 +63,6 @@ class SearchResult:
     judged: tuple[Judged, ...]
     front: tuple[bool, ...]
     best: Path
-    best_yaml: Path
     metrics: Any  # of the best, on the validation split: `Metrics` of a detector, `ClassMetrics` of a classifier
 
 
@@ -244,7 +243,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     for path in (page, folder / "front.csv", folder / "front.png", folder / "best.yaml", folder / "best.pt"):
         say(str(path))
     say(f"{time.perf_counter() - began:.0f} s; train it on with: python train.py --weights {folder / 'best.pt'} ...")
-    return SearchResult(folder, tuple(found), tuple(front), folder / "best.pt", folder / "best.yaml", reached)
+    return SearchResult(folder, tuple(found), tuple(front), folder / "best.pt", reached)
 
 
 def export_best(weights: Path, folder: Path, kind: str) -> Iterator[str]:

@@ -26,8 +26,9 @@ from data.loader import batch_at
 from data.structures import Fault, Sample
 from engine.config import save_config, train_config
 from engine.distributed import start
+from engine.prepare import read_labelled
 from engine.runs import read_csv
-from engine.train import read_labelled, reopen_training
+from engine.train import reopen_training
 from models.checkpoint import load_checkpoint
 from models.graph import resolve
 from models.parse import parse_text

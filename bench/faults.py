@@ -354,7 +354,7 @@ class Strike:
     def goes_on(self, *options: str, **how: Any) -> Ended:
         return run(self.door, ["--resume", str(self.folder), *options], **how)
 
-    def finished(self) -> bool:
+    def half_done(self) -> bool:
         """A run of which a few epochs are done, then killed; False where it has to be tried again."""
         part = 0.55 if self.door == "train" else 0.45
         self.begin(strike=kill, at=self.whole.seconds * part)
@@ -465,7 +465,7 @@ def read_only(one: Strike) -> Outcome:
     """The folder of runs may not be written to; then, where a run can go on, its own."""
     fresh = one.rng.random() < 0.5 or one.door == "detect"
     with sealed_folder(one.project) as (before, seal, unseal):
-        if not fresh and not one.finished():
+        if not fresh and not one.half_done():
             return MISSED
         seal()
         ended = one.begin(before=before) if fresh else one.goes_on(before=before)
@@ -479,7 +479,7 @@ def truncated(one: Strike) -> Outcome:
     """The checkpoint to go on from, or to detect with, is cut off somewhere."""
     weights = one.place.folder / "detector.pt"
     if one.door != "detect":
-        if not one.finished():
+        if not one.half_done():
             return MISSED
         weights = one.folder / "last.pt"
     content = weights.read_bytes()
@@ -503,7 +503,7 @@ def other_checkpoint(one: Strike) -> Outcome:
         torch.save({"model": {"0.weight": torch.zeros(3)}}, other)
         ended = one.begin("--weights", str(other))
         return ("told in one line", ended.line) if ended.clear else (f"{WRONG}no clear line", ended.err[-600:])
-    if not one.finished():
+    if not one.half_done():
         return MISSED
     last = one.folder / "last.pt"
     content = last.read_bytes()
@@ -522,7 +522,7 @@ def other_checkpoint(one: Strike) -> Outcome:
 
 def other_yaml(one: Strike) -> Outcome:
     """The model file of the run is changed before it goes on: the user's own, or the one in the run's folder."""
-    if not one.finished():
+    if not one.half_done():
         return MISSED
     name = "plain" if one.door == "train" else "space"
     cfg = one.place.folder / f"{name}.yaml"
@@ -547,7 +547,7 @@ def other_yaml(one: Strike) -> Outcome:
 
 def other_data(one: Strike) -> Outcome:
     """An image is gone, or a label is another one, before the run goes on."""
-    if not one.finished():
+    if not one.half_done():
         return MISSED
     kind, suffix = one.rng.choice([("images", ".png"), ("labels", ".txt")])
     path = one.place.folder / "data" / kind / "train" / f"{one.rng.randrange(IMAGES):02}{suffix}"
@@ -618,7 +618,7 @@ def clock_back(one: Strike) -> Outcome:
 
         ended = one.begin(before=before)
         return through(one) if ended.code == 0 else (f"{WRONG}ended", f"{ended.code} {ended.err[-600:]}")
-    if not one.finished():
+    if not one.half_done():
         return MISSED
     later = time.time() + 86_400  # seen from a clock that was set back, every file is of tomorrow
     for path in [*one.folder.rglob("*"), *(one.place.folder / "data").rglob("*")]:

@@ -600,7 +600,7 @@ def training_section(run: Run) -> str:
     )
 
 
-# ---- latency
+# ---- what matters
 
 
 def importance_section(run: Run) -> str:
@@ -627,6 +627,9 @@ def importance_section(run: Run) -> str:
         f"most and least, and how far these two are apart. {trust}</p>"
         + table(["choice", ">importance", "best", "worst", ">difference"], lines, sortable=True)
     )
+
+
+# ---- latency
 
 
 def latency_section(run: Run) -> str:
@@ -757,7 +760,7 @@ def retraining_section(run: Run) -> str:
 
 
 def kept_order(retrained: Sequence[tuple[int, Mapping[str, float]]]) -> str:
-    """In how many pairs of subnets the order of calibrated APs is that of retrained ones."""
+    """In how many pairs of subnets the order of calibrated scores is that of retrained ones."""
     both = [(v["calibrated"], v["retrained"]) for _, v in retrained if "calibrated" in v and "retrained" in v]
     pairs = [(one, other) for place, one in enumerate(both) for other in both[place + 1 :]]
     kept = sum((one[0] - other[0]) * (one[1] - other[1]) > 0 for one, other in pairs)

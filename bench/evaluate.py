@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from forward import summarized  # noqa: E402
-from nms import faster, paired  # noqa: E402
+from forward import paired, summarized  # noqa: E402
+from nms import faster  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 

@@ -194,11 +194,11 @@ def largest_difference(ours: Network, theirs: nn.Module, images: Tensor) -> floa
 
 
 @torch.no_grad()
-def paired(ours: Callable, theirs: Callable, pairs: int, label: str) -> np.ndarray:
+def paired(ours: Callable, theirs: Callable, pairs: int, label: str, warmup: int = WARMUP) -> np.ndarray:
     """Milliseconds ``[pairs, 2, 2]``: ours and theirs, wall and CPU time."""
     rng = np.random.default_rng(0)
     times = np.empty((pairs, 2, 2))
-    for turn in tqdm(range(-WARMUP, pairs), label, unit="pair", leave=False):
+    for turn in tqdm(range(-warmup, pairs), label, unit="pair", leave=False):
         for which in rng.permutation(2):
             wall, cpu = time.perf_counter(), time.process_time()
             (ours, theirs)[which]()

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from forward import summarized  # noqa: E402
-from nms import faster, paired  # noqa: E402
+from forward import paired, summarized  # noqa: E402
+from nms import faster  # noqa: E402
 
 from data.structures import Fault, Targets  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,8 @@ sys.path.insert(0, str(ROOT))
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from forward import summarized  # noqa: E402
+from forward import paired, summarized  # noqa: E402
 from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from data.structures import Fault  # noqa: E402
 from engine.nms import TOP_K, nms, suppress  # noqa: E402
@@ -49,7 +47,6 @@ DEMANDED = {"mixed-10000": 5.0}
 CLASSES, OBJECTS, MAX_DET = 80, 60, 300
 CONF, IOU = 0.001, 0.6
 PREDICTIONS = 25_200  # of yolov5 at 640 pixels
-WARMUP = 2
 
 
 def scene(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,21 +113,6 @@ def of_predictions() -> tuple[Callable[[], Any], Callable[[], Any], bool]:
     mine, other = ours(), theirs()
     same = zip((mine.boxes, mine.scores, mine.labels), other, strict=True)
     return ours, theirs, all(np.array_equal(one.numpy(), two) for one, two in same)
-
-
-def paired(
-    ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int, label: str, warmup: int = WARMUP
-) -> np.ndarray:
-    """Milliseconds ``[pairs, 2, 2]``: ours and theirs, wall and CPU time."""
-    rng = np.random.default_rng(0)
-    times = np.empty((pairs, 2, 2))
-    for turn in tqdm(range(-warmup, pairs), label, unit="pair", leave=False):
-        for which in rng.permutation(2):
-            wall, cpu = time.perf_counter(), time.process_time()
-            (ours, theirs)[which]()
-            if turn >= 0:
-                times[turn, which] = time.perf_counter() - wall, time.process_time() - cpu
-    return times * 1000
 
 
 def measured(cell: str, pairs: int) -> dict[str, Any]:

@@ -216,20 +216,8 @@ def check_root(data: DataSpec) -> None:
         raise Fault(f"{data.path}: the folder {data.root} does not exist; {how}")
 
 
-def read_names(path: Path) -> tuple[str, ...]:
-    """The classes that a YAML lists under ``names``, whatever else it holds.
-
-    Raises:
-        Fault: with file and line, where it is no YAML or lists none.
-    """
-    for key, value in _entries(path):
-        if isinstance(key, yaml.ScalarNode) and key.value == "names":
-            return _names(path, value)
-    raise Fault(f"{path}: has no list of classes under the key 'names'")
-
-
-def _entries(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
-    """The YAML's top-level keys and values; nodes know their line."""
+def _top_level(path: Path) -> dict[str, yaml.Node]:
+    """The YAML's top-level nodes by key; nodes know their line."""
     if path.is_dir():
         how = f"python -m data split {path} train=0.8 val=0.2 -o FOLDER makes one of photos with VOC or COCO labels"
         raise Fault(f"{path}: a folder, where a data YAML is right; {how}")
@@ -246,14 +234,8 @@ def _entries(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
         raise Fault(f"{path}: not YAML: {str(problem).splitlines()[0]}") from None
     if not isinstance(root, yaml.MappingNode):
         raise Fault(f"{path}: not a data YAML; it needs lines such as 'train: images/train' and 'names: [circle]'")
-    entries: list[tuple[yaml.Node, yaml.Node]] = root.value
-    return entries
-
-
-def _top_level(path: Path) -> dict[str, yaml.Node]:
-    """The same by key, where each is known and given once."""
     values: dict[str, yaml.Node] = {}
-    for key, value in _entries(path):
+    for key, value in root.value:
         where = f"{path}:{key.start_mark.line + 1}"
         name = key.value if isinstance(key, yaml.ScalarNode) else _kind(key)
         if name not in KEYS:

@@ -20,7 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.config import read_names
+import yaml
+
 from data.structures import PROGRAM, Fault, nearest, version
 from models import convert, diff, draw, show
 from models.cost import RowCost, network_costs
@@ -218,9 +219,23 @@ def _note(text: str) -> None:
 
 def _names(path: Path) -> tuple[str, ...]:
     """The classes that a data set's YAML lists, or the lines of a text file."""
-    if path.suffix in (".yaml", ".yml"):
-        return read_names(path)
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    text = path.read_text(encoding="utf-8")
+    if path.suffix not in (".yaml", ".yml"):
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as problem:
+        raise Fault(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
+    except RecursionError:
+        raise Fault(f"{path}: not valid YAML: lists in lists in lists") from None
+    given = {str(key.value): value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
+    nodes = given["names"].value if isinstance(given.get("names"), yaml.CollectionNode) else []
+    if isinstance(given.get("names"), yaml.MappingNode):
+        labels = {str(key.value): value for key, value in nodes}
+        nodes = [labels.get(str(label)) for label in range(len(nodes))]
+    if not nodes or not all(isinstance(node, yaml.ScalarNode) and node.value.strip() for node in nodes):
+        raise Fault(f"{path}: has no list of classes under the key 'names'")
+    return tuple(node.value for node in nodes)  # as it is written: `no` and `1` are names, too
 
 
 def _keep_input(output: Path, *inputs: str) -> None:

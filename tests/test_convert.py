@@ -106,7 +106,7 @@ def test_what_is_written_is_read_again(
     (folder / "source.yaml").write_text("train: images\nnames: [a]\n")
     source = replace(read_data_spec(folder / "source.yaml"), names=tuple(names))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.convert.read_data_spec", lambda _: source)
+        patch.setattr("data.convert.data_spec", lambda _: source)
         patch.setattr("data.convert.read_split", lambda *_: Split((sample,), (), tuple(range(5, 5 + len(names)))))
         done = convert("source.yaml", to, folder / "out")
     written = read_data_spec(done.yaml)

@@ -81,7 +81,7 @@ def study(folder: Path, subnets: int, seeds: int, epochs: int, moved: dict[str, 
             curve = trained(trial, config, one, seed, epochs, out, progress)
             write_text(path, json.dumps({**about, "curve": curve, "score": curve[-1]}) + "\n")
     curves = [[curve_of(out / f"{one.number}-{seed}.json", about) for seed in range(seeds)] for one in plan]
-    page = write_page(out, trial.task, plan, curves, config.seed)
+    page = write_page(out, trial.task, plan, curves, epochs, config.seed)
     if (folder / "report.html").is_file():
         write_report(folder)
     return page
@@ -224,9 +224,14 @@ def told(value: float, low: float, high: float) -> str:
 
 
 def write_page(
-    out: Path, task: Task, plan: Sequence[Planned], curves: Sequence[Sequence[Sequence[float]]], seed: int
+    out: Path,
+    task: Task,
+    plan: Sequence[Planned],
+    curves: Sequence[Sequence[Sequence[float]]],
+    epochs: int,
+    seed: int,
 ) -> Path:
-    """``rank.json`` and ``rank.html``."""
+    """``rank.json`` and ``rank.html``. A curve has a value for each epoch with an evaluation."""
     scores_MS = np.array([[curve[-1] for curve in of_seeds] for of_seeds in curves])
     found = agreements(plan, scores_MS, seed)
     short = sum(rising(curve) for of_seeds in curves for curve in of_seeds)
@@ -234,7 +239,7 @@ def write_page(
     print(table(rows, ("ranked by", *STATISTICS)))
     notes = [
         f"{len(plan)} subnets from {len({one.level for one in plan})} levels of MACs, {scores_MS.shape[1]} seeds each, "
-        f"{len(curves[0][0])} epochs from nothing; {task.titles[0]} of the last epoch on the validation images. "
+        f"{epochs} epochs from nothing; {task.titles[0]} of the last epoch on the validation images. "
         f"Intervals: 95 %, bootstrap over subnets. Regret: {task.titles[0]} lost by taking the first, or the best of "
         "the first three."
     ]

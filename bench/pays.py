@@ -1,13 +1,15 @@
 """Does searching pay? A found subnet beside random ones that cost the same, and beside the usual choice.
 
-python bench/pays.py --bccd ~/BCCD                           # searches and trains what is missing, prints the table
-python bench/pays.py --bccd ~/BCCD --plan                    # measures an epoch, says how long all of it takes
+python bench/pays.py --bccd ~/BCCD --fruit ~/fruit           # searches and trains what is missing, prints the table
+python bench/pays.py --bccd ~/BCCD --fruit ~/fruit --plan    # measures an epoch, says how long all of it takes
 python bench/pays.py --bccd ~/BCCD --cells kernel-act-found-0 kernel-act-random3-0
 python bench/pays.py --show                                  # what was measured
 
 Three spaces over cfg/models/tiny.yaml: `kernel-act` has kernel and activation of four neck blocks (the seed's 1,296
 subnets), `depth` has their depth as well, and `width` also that and the width of six (cfg/models/tiny-wide-search.yaml,
-some 10^8). The budget is the median of the multiply-adds of random subnets of a space.
+some 10^8). All three are searched on BCCD, `depth` also on fruit (`fruit-depth`), whose training photos are divided:
+four fifths are trained on, a fifth are the validation images, its test photos are judged on. The budget is the median
+of the multiply-adds of random subnets of a space.
 
 - `found`: the best subnet of a search with that budget, one search for each seed;
 - `random0` to `random7`: subnets drawn evenly from those that need 97 to 100 % of the budget, the same for each seed;
@@ -37,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 from bench import cells  # noqa: E402
 from bench.bccd import RECIPE  # noqa: E402
@@ -44,6 +47,7 @@ from bench.learn import JUDGED_BY, interval, judged  # noqa: E402
 from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
+from data.split import split_data  # noqa: E402
 from engine.evaluate import check_imgsz, detections_of  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from models.checkpoint import load_checkpoint, restore  # noqa: E402
@@ -54,10 +58,24 @@ from models.spec import ModelSpec  # noqa: E402
 from search.costs import CostTable, cost_tables, format_cost  # noqa: E402
 from search.space import Architecture, SearchSpace  # noqa: E402
 
-SPACES = {"kernel-act": "tiny-seed-search", "depth": "tiny-search", "width": "tiny-wide-search"}
+
+@dataclass(frozen=True)
+class Study:
+    """A space, searched on a data set."""
+
+    data: str
+    model: str  # of cfg/models
+
+
+STUDIES = {
+    "kernel-act": Study("bccd", "tiny-seed-search"),
+    "depth": Study("bccd", "tiny-search"),
+    "width": Study("bccd", "tiny-wide-search"),
+    "fruit-depth": Study("fruit", "tiny-search"),
+}
 RANDOM = tuple(f"random{number}" for number in range(8))
 ROLES = ("found", "default", *RANDOM)
-CELLS = [f"{space}-{role}-{seed}" for space in SPACES for seed in cells.SEEDS for role in ROLES]
+CELLS = [f"{study}-{role}-{seed}" for study in STUDIES for seed in cells.SEEDS for role in ROLES]
 AS_DEAR = 0.03  # by how much a random subnet may be below the budget
 DRAWN = 1_001  # random subnets whose median is the budget
 LONGEST = 120  # minutes that everything may take
@@ -69,30 +87,43 @@ class Place:
     """Where things are, and what holds for every cell."""
 
     work: Path
-    bccd: Path | None
+    folders: Mapping[str, Path | None]  # of the data sets
     imgsz: int
     epochs: int
     search_epochs: int
     candidates: int
     threads: int
 
-    def data(self) -> Path:
-        """The YAML of the data set."""
-        return cells.data_yaml("bccd", self.bccd, self.work)
+    def data(self, study: str) -> Path:
+        """The YAML of the data set, with images to train on, to choose by and to judge on."""
+        name = STUDIES[study].data
+        source = cells.data_yaml(name, self.folders[name], self.work)
+        if read_data_spec(source).test is not None:
+            return source
+        divided = self.work / f"{name}-divided"
+        if not (divided / "judged.yaml").exists():
+            made = split_data(source, divided, {"train": 0.8, "val": 0.2}, of=("train",))
+            judged = {**yaml.safe_load(made.read_text()), "test": read_data_spec(source).val}
+            write_text(divided / "judged.yaml", yaml.safe_dump(judged))
+        return divided / "judged.yaml"
 
-    def options(self, seed: int) -> dict[str, Any]:
+    def options(self, study: str, seed: int) -> dict[str, Any]:
         """What a search and a training share."""
         recipe = {f"--{name.replace('_', '-')}": value for name, value in RECIPE.items()}
-        return {"--data": self.data(), "--imgsz": self.imgsz, "--seed": seed, "--device": "cpu", **recipe}
+        return {"--data": self.data(study), "--imgsz": self.imgsz, "--seed": seed, "--device": "cpu", **recipe}
 
 
 # ---- which subnets
 
 
-def space_of(name: str, place: Place) -> tuple[ModelSpec, SearchSpace, CostTable]:
+def model_file(study: str) -> Path:
+    return ROOT / "cfg" / "models" / f"{STUDIES[study].model}.yaml"
+
+
+def space_of(study: str, place: Place) -> tuple[ModelSpec, SearchSpace, CostTable]:
     """The model file with its open places, what may stand there, and the multiply-adds of each subnet."""
-    spec = parse(ROOT / "cfg" / "models" / f"{SPACES[name]}.yaml")
-    classes = len(read_data_spec(place.data()).names)
+    spec = parse(model_file(study))
+    classes = len(read_data_spec(place.data(study)).names)
     graph = resolve(replace(spec, num_classes=classes))
     imgsz = check_imgsz(place.imgsz, build(graph.spec.freeze(first_options(graph.spec))).max_stride)
     return graph.spec, SearchSpace.of(graph.spec), cost_tables(graph, imgsz)["macs"]
@@ -135,11 +166,11 @@ def default_subnet(space: SearchSpace, macs: CostTable) -> Architecture:
     return max(fitting, key=macs.of)
 
 
-def searched(place: Place, name: str, seed: int, most: int) -> Path:
+def searched(place: Place, study: str, seed: int, most: int) -> Path:
     """The YAML of the best subnet of a search, which goes on where it was stopped."""
-    folder = place.work / "runs" / f"{name}-search-{seed}"
+    folder = place.work / "runs" / f"{study}-search-{seed}"
     if not (folder / "best.yaml").exists():
-        options = {"--cfg": ROOT / "cfg" / "models" / f"{SPACES[name]}.yaml", **place.options(seed)}
+        options = {"--cfg": model_file(study), **place.options(study, seed)}
         options |= {"--epochs": place.search_epochs, "--candidates": place.candidates, "--budget": f"macs={most}"}
         options |= {"--project": folder.parent, "--name": folder.name}
         words = [word for pair in options.items() for word in pair]
@@ -156,15 +187,15 @@ def searched(place: Place, name: str, seed: int, most: int) -> Path:
 def measure(place: Place, cell: str) -> dict[str, Any]:
     """Find or draw a subnet, train it from random weights, and judge it."""
     whole, seed = cells.named(cell)
-    name, _, role = whole.rpartition("-")
-    spec, space, macs = space_of(name, place)
+    study, _, role = whole.rpartition("-")
+    spec, space, macs = space_of(study, place)
     most, file = budget(space, macs), place.work / f"{cell}.yaml"
     if role == "found":
-        write_text(file, searched(place, name, seed, most).read_text())
+        write_text(file, searched(place, study, seed, most).read_text())
     else:
         subnet = default_subnet(space, macs) if role == "default" else random_subnets(space, macs)[RANDOM.index(role)]
         write_text(file, dump(spec.freeze(subnet.picks)))
-    options = {"--cfg": file, **place.options(seed)}
+    options = {"--cfg": file, **place.options(study, seed)}
     best, minutes = cells.train(place.work / "runs" / cell, options, place.epochs, place.threads)
     network = restore(load_checkpoint(best)).eval()
     costs = cost_tables(resolve(parse(file)), place.imgsz)
@@ -179,7 +210,7 @@ def measure(place: Place, cell: str) -> dict[str, Any]:
         "threads": place.threads,
         "torch": torch.__version__,
     }
-    data = read_data_spec(place.data())
+    data = read_data_spec(place.data(study))
     for split, key in SPLITS.items():
         samples = read_split(data, split).samples
         images = ImageSet(samples, place.imgsz, None, seed=0, cache=False)
@@ -191,9 +222,9 @@ def measure(place: Place, cell: str) -> dict[str, Any]:
 # ---- the table
 
 
-def best_random(results: cells.Results, space: str, seed: int) -> Mapping[str, Any] | None:
+def best_random(results: cells.Results, study: str, seed: int) -> Mapping[str, Any] | None:
     """The random subnet that the validation images say is best."""
-    there = [results[cell] for role in RANDOM if (cell := f"{space}-{role}-{seed}") in results]
+    there = [results[cell] for role in RANDOM if (cell := f"{study}-{role}-{seed}") in results]
     return max(there, key=lambda one: one["chosen_by"]["ap"]) if there else None
 
 
@@ -213,15 +244,15 @@ def told(pairs: Sequence[tuple[float, np.ndarray]], sign: str = "") -> str:
 
 def shown(results: cells.Results, key: str = "ap") -> str:
     rows = []
-    for space in SPACES:
-        found = cells.runs_of(results, f"{space}-found")
+    for study in STUDIES:
+        found = cells.runs_of(results, f"{study}-found")
         rivals: dict[str, dict[int, tuple[float, np.ndarray]]] = {"random, mean": {}, "random, best": {}, "default": {}}
         costs: dict[str, list[float]] = {name: [] for name in rivals}
         for seed in cells.SEEDS:
-            everyone = [results[cell] for role in RANDOM if (cell := f"{space}-{role}-{seed}") in results]
+            everyone = [results[cell] for role in RANDOM if (cell := f"{study}-{role}-{seed}") in results]
             sides = {
-                "default": cells.runs_of(results, f"{space}-default").get(seed),
-                "random, best": best_random(results, space, seed),
+                "default": cells.runs_of(results, f"{study}-default").get(seed),
+                "random, best": best_random(results, study, seed),
             }
             for name, one in sides.items():
                 if one:
@@ -237,18 +268,18 @@ def shown(results: cells.Results, key: str = "ap") -> str:
         ours = {seed: numbers(one, key) for seed, one in found.items()}
         if ours:
             cost = float(np.mean([one["macs"] for one in found.values()]))
-            rows.append([space, "found", format_cost("macs", cost), told(list(ours.values())), None])
+            rows.append([study, "found", format_cost("macs", cost), told(list(ours.values())), None])
         for name, theirs in rivals.items():
             if theirs:
                 both = sorted(ours.keys() & theirs.keys())
                 apart = [(ours[seed][0] - theirs[seed][0], ours[seed][1] - theirs[seed][1]) for seed in both]
                 cost = format_cost("macs", float(np.mean(costs[name])))
-                rows.append([space, name, cost, told(list(theirs.values())), told(apart, "+") if apart else None])
+                rows.append([study, name, cost, told(list(theirs.values())), told(apart, "+") if apart else None])
     if not rows:
         return "nothing was measured yet"
     some = next(iter(results.values()))
-    head = f"bccd, {some['imgsz']} px, {some['epochs']} epochs from random weights; {key.upper()} on the test images"
-    columns = ("space", "subnet", "MACs", f"{key.upper()} (each seed)", "found - this (each seed)")
+    head = f"{some['imgsz']} px, {some['epochs']} epochs from random weights; {key.upper()} on the test images"
+    columns = ("study", "subnet", "MACs", f"{key.upper()} (each seed)", "found - this (each seed)")
     return f"{head}\n\n{table(rows, columns)}"
 
 
@@ -260,7 +291,7 @@ def plan(place: Place, missing: Sequence[str]) -> None:
     spec, space, macs = space_of("width", place)
     file = place.work / "plan.yaml"
     write_text(file, dump(spec.freeze(default_subnet(space, macs).picks)))
-    options = {"--cfg": file, **place.options(0)}
+    options = {"--cfg": file, **place.options("width", 0)}
     first, epoch = cells.epoch_minutes(
         place.work / "plan", lambda folder, epochs: cells.train(folder, options, epochs, place.threads)[1]
     )
@@ -275,6 +306,7 @@ def plan(place: Place, missing: Sequence[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bccd", type=Path, help="folder of the data set; default as cfg/data/bccd.yaml says")
+    parser.add_argument("--fruit", type=Path, help="likewise")
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS, metavar="CELL")
     parser.add_argument("--imgsz", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=24, help="of each training")
@@ -294,7 +326,8 @@ def main() -> int:
         for folder in (work, options.out):
             folder.mkdir(parents=True, exist_ok=True)
         how = (options.imgsz, options.epochs, options.search_epochs, options.candidates, options.threads)
-        place = Place(work, options.bccd and options.bccd.resolve(), *how)
+        given = {"bccd": options.bccd, "fruit": options.fruit}
+        place = Place(work, {name: folder and folder.resolve() for name, folder in given.items()}, *how)
         if options.plan:
             plan(place, missing)
             return 0

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 
 Values = Sequence[float] | np.ndarray
-TENTH_OF_A_POINT = 0.001  # of AP, which lies in [0, 1]
 
 
 def kendall_tau(x: Values, y: Values) -> float:
@@ -53,14 +52,6 @@ def untied_pairs(values: np.ndarray) -> int:
     return math.comb(len(values), 2) - sum(math.comb(int(count), 2) for count in counts)
 
 
-def sparse_tau(x: Values, y: Values, step: float = TENTH_OF_A_POINT) -> float:
-    """Kendall's tau-b of values rounded to multiples of `step`: what lies closer together than that counts as a tie
-    (Yu et al., How to train your super-net, arXiv 2003.04276).
-    """
-    a, b = paired(x, y)
-    return kendall_tau(np.round(a / step), np.round(b / step))
-
-
 def spearman(x: Values, y: Values) -> float:
     """Spearman's rho, -1 to 1: the correlation of the ranks. nan where all of `x` or all of `y` are equal."""
     a, b = (mean_ranks(values) for values in paired(x, y))
@@ -75,42 +66,10 @@ def mean_ranks(values: Values) -> np.ndarray:
     return np.asarray((np.cumsum(count) - (count + 1) / 2)[group])
 
 
-def precision_at_top(score: Values, truth: Values, k: int) -> float:
-    """P@top-k, 0 to 1: how many of the `k` best by `score` are among the `k` best by `truth`.
-
-    What equals the k-th best truth counts as among them; of equal scores the earlier is taken.
-    """
-    scores, truths = paired(score, truth)
-    assert 1 <= k <= len(scores), f"of {len(scores)} values there are no {k} best"
-    return float(np.mean(truths[best(scores, k)] >= np.sort(truths)[-k]))
-
-
 def regret(score: Values, truth: Values, k: int = 1) -> float:
     """What is lost by taking the best of the `k` that `score` puts first: the best `truth` minus theirs, 0 or more."""
     scores, truths = paired(score, truth)
     return float(truths.max() - truths[best(scores, k)].max())
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray, np.ndarray], float],
-    x: Values,
-    y: Values,
-    rng: np.random.Generator,
-    resamples: int = 1_000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """The percentile interval of ``statistic(x, y)`` over subnets drawn again with replacement (Efron 1979).
-
-    Resamples in which the statistic is nan are left out; nan, nan if it is in all.
-    """
-    a, b = paired(x, y)
-    drawn = rng.integers(len(a), size=(resamples, len(a)))
-    values = np.array([statistic(a[chosen], b[chosen]) for chosen in drawn])
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return math.nan, math.nan
-    low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
-    return float(low), float(high)
 
 
 def paired(x: Values, y: Values) -> tuple[np.ndarray, np.ndarray]:

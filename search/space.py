@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.structures import Fault
-from models.spec import Choice, ModelSpec, clip
+from models.spec import Choice, ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,26 +112,3 @@ class SearchSpace:
             if len(rest) == 2 and int(rest[1]) >= picks.get(f"{row}.number", math.inf):  # 16.kernel.2 of two
                 picks[choice.name] = choice.options[0]
         return Architecture(picks)
-
-    def to_json(self, architecture: Architecture) -> str:
-        """Canonical text, with the hash of the space it belongs to."""
-        picks = {choice.name: architecture.picks[choice.name] for choice in self.choices}
-        return json.dumps({"space": self.hash, "picks": picks}, separators=(",", ":"))
-
-    def from_json(self, text: str) -> Architecture:
-        """The inverse of `to_json`. Raises `Fault` for an architecture of another space, or what is none."""
-        try:
-            content = json.loads(text)
-            space, picks = content["space"], dict(content["picks"])
-        except (ValueError, TypeError, KeyError):
-            raise Fault(f'an architecture is {{"space": ..., "picks": {{...}}}}, got {clip(text)}') from None
-        if space != self.hash:
-            raise Fault(f"this architecture belongs to space {space!r}, this one is {self.hash!r}")
-        architecture = Architecture({name: _tuples(pick) for name, pick in picks.items()})
-        self.check(architecture)
-        return architecture
-
-
-def _tuples(value: Any) -> Any:
-    """An option as it was before it became JSON, which has lists only."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

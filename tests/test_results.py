@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import random
-import re
 import runpy
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import report
-from bench.faults import Ended, Place, Strike, Whole, cpu_seconds, lost
 from bench.report import CLAIMS, QUICK, Ratio, Table, made, parts
 from engine.runs import table
 
@@ -132,23 +127,6 @@ def test_a_peer_that_is_not_there_is_a_line(results, tmp_path, monkeypatch, caps
     )
 
 
-JOURNEYS = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-NAMES = sorted(set(re.findall(r"`((?:data|models|engine|search)(?:\.\w+)+)(?<!\.py)`", JOURNEYS)))
-
-
-def test_the_journeys_name_many_functions():
-    assert len(NAMES) > 40
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_of_the_journeys_is_there(name):
-    room, module, *inside = name.split(".")
-    thing = importlib.import_module(f"{room}.{module}")
-    for part in inside:
-        assert hasattr(thing, part), name
-        thing = getattr(thing, part)
-
-
 MISSING = "train: images\nval: images\nnames: [circle]\npath: {folder}\n"
 
 
@@ -169,59 +147,6 @@ def test_what_a_bench_cannot_measure_is_one_line(name, options, told, tmp_path, 
         runpy.run_path(str(ROOT / "bench" / f"{name}.py"), run_name="__main__")
     error = capsys.readouterr().err
     assert left.value.code == 2 and told.format(folder=tmp_path) in error and error.count("\n") == 1
-
-
-# ---- bench/faults.py: what it takes for a clear end, and for a loss
-
-
-BARS = (
-    "\r                                          \r",
-    "detect: 0image [00:00, ?image/s]",
-    "supernet:  50%|#####     | 6/12 [00:01<00:01,  5.02step/s, epoch=2, loss=.3]",
-)
-
-
-@pytest.mark.parametrize("bar", BARS)
-def test_a_bar_of_progress_is_no_line(bar):
-    ended = Ended("train", 2, "", f"{bar}\r{bar}last.pt: is cut off\n", 1.0)
-    assert ended.clear and ended.lines == ["last.pt: is cut off"]
-
-
-def test_an_end_is_clear_by_its_code_and_its_lines():
-    assert not Ended("train", 1, "", "a line\n", 1.0).clear
-    assert Ended("detect", 1, "", "a line\n", 1.0).clear
-    assert not Ended("train", 2, "", "", 1.0).clear
-    assert not Ended("train", 2, "", "Traceback (most recent call last):\n", 1.0).clear
-    assert not Ended("train", 2, "", "one\ntwo\nthree\n", 1.0).clear
-
-
-@pytest.fixture
-def struck(tmp_path: Path) -> Strike:
-    """A strike at detect.py, whose undisturbed run has a table of three rows and two files of labels."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    left = {"predictions.csv": b"a\n1\n2\n3\n", "predictions.json": b"[1, 2, 3]", "0.txt": b"x", "1.txt": b"y"}
-    (tmp_path / "exp").mkdir()
-    return Strike(Place(tmp_path), "detect", Whole(whole, 1.0, left, 9), tmp_path, random.Random(0))
-
-
-def test_the_beginning_of_what_an_undisturbed_run_leaves_is_no_loss(struck):
-    for name, content in {"predictions.csv": "a\n1\n", "predictions.json": "[1, 2]", "1.txt": "y"}.items():
-        (struck.folder / name).write_text(content)
-    assert lost(struck, Ended("detect", -9, "", "", 1.0)) == ""
-
-
-@pytest.mark.parametrize(
-    ("name", "content"), [("predictions.csv", "a\n2\n"), ("predictions.json", "[2]"), ("1.txt", ""), ("2.txt", "z")]
-)
-def test_anything_else_is(struck, name, content):
-    (struck.folder / name).write_text(content)
-    assert lost(struck, Ended("detect", -9, "", "", 1.0)) == f"{name} is another one"
-
-
-def test_cpu_seconds_are_those_of_the_process():
-    used = cpu_seconds(os.getpid())
-    assert 0 <= time.process_time() - used < 5 or not Path("/proc/self/stat").exists()
 
 
 def test_showing_what_benches_keep_leaves_the_process_as_it_was() -> None:

@@ -3,7 +3,7 @@
 python val.py --weights runs/train/exp/best.pt --data cfg/data/shapes.yaml
 """
 
-from engine.evaluate import main
+from engine.validate import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -36,7 +36,8 @@ from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from engine.calibrate import calibrate  # noqa: E402
-from engine.evaluate import calibration_images, check_imgsz  # noqa: E402
+from engine.doors import check_imgsz  # noqa: E402
+from engine.evaluate import calibration_images  # noqa: E402
 from engine.jackknife import jackknife_error  # noqa: E402
 from engine.runs import read_csv, table, write_text  # noqa: E402
 from engine.train import train  # noqa: E402

@@ -48,9 +48,12 @@ from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.structures import Fault  # noqa: E402
 from engine.evaluate import detections_of  # noqa: E402
-from engine.export import Exported, check_images, interleaved_ms, read_file, write_file  # noqa: E402
+from engine.export import Exported, write_file  # noqa: E402
+from engine.exported import read_file  # noqa: E402
 from engine.nms import nms  # noqa: E402
+from engine.parity import check_images  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
+from engine.timing import interleaved  # noqa: E402
 from models.checkpoint import load_checkpoint, restore  # noqa: E402
 from models.cost import network_costs, totals  # noqa: E402
 from models.fuse import fuse  # noqa: E402
@@ -281,8 +284,9 @@ def speed(tuned: Path | None, imgsz: int) -> dict[str, Any]:
             by_onnx = read_file(path, "onnx")
             for how, predict in (("eager", network.predict), ("fused", fused.predict), ("onnxruntime", by_onnx)):
                 runs[f"{name} {how}"] = partial(detect, predict, images[:1], conf)
-        times = interleaved_ms(runs)
-    return {"imgsz": imgsz, "ms": times, "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": cpu()}
+        times = interleaved(list(runs.values()), rounds=15, warmup=2)
+    ms = {name: time.ms for name, time in zip(runs, times, strict=True)}
+    return {"imgsz": imgsz, "ms": ms, "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": cpu()}
 
 
 def detect(predict: Callable[[torch.Tensor], Any], image: torch.Tensor, conf: float) -> object:

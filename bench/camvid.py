@@ -54,9 +54,9 @@ from data.loader import collate  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.structures import Sample  # noqa: E402
 from engine.evaluate import pixels  # noqa: E402
-from engine.export import interleaved_ms  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from engine.segment import confusions_of, ious  # noqa: E402
+from engine.timing import interleaved  # noqa: E402
 from models.checkpoint import load_checkpoint, restore  # noqa: E402
 from models.cost import network_costs, totals  # noqa: E402
 from models.elastic import WithAux  # noqa: E402
@@ -360,11 +360,11 @@ def speed(place: Place) -> dict[str, Any]:
                 for x in inputs:
                     networks[name](x)
 
-        times = interleaved_ms({name: partial(predict, name) for name in networks}, rounds=5, warmup=1)
+        times = interleaved([partial(predict, name) for name in networks], rounds=5, warmup=1)
         low = {name: judged(networks[name], view)[1] for name in networks}
         found["sizes"][imgsz] = {
-            name: {"ms": times[name] / len(samples), "low": float(np.mean(low[name])) if low[name] else None}
-            for name in networks
+            name: {"ms": time.ms / len(samples), "low": float(np.mean(low[name])) if low[name] else None}
+            for name, time in zip(networks, times, strict=True)
         }
     return found
 

@@ -42,7 +42,8 @@ from tqdm import tqdm  # noqa: E402
 
 from data.structures import Fault  # noqa: E402
 from engine.calibrate import calibrate  # noqa: E402
-from engine.export import read_file, write_file  # noqa: E402
+from engine.export import write_file  # noqa: E402
+from engine.exported import read_file  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from models.anchors import with_anchors  # noqa: E402
 from models.cost import count_params  # noqa: E402

@@ -4,7 +4,7 @@ python bench/evaluate.py                        # 1,000 images: about 3 minutes 
 python bench/evaluate.py --images 100 --pairs 2   # a quick look
 python bench/evaluate.py --show                 # the table of what was measured
 
-Ours is `engine.evaluate.coco_metrics` of `Sample`s and `Detections`, as val.py has them: building the inputs of
+Ours is `engine.metrics.coco_metrics` of `Sample`s and `Detections`, as val.py has them: building the inputs of
 faster-coco-eval (the extra `fast`) is part of it, and shown by itself too. Theirs is pycocotools of annotations and
 results as one would read them from JSON files, from the index on. A pair is one run of each, which first is drawn; the
 ratio is theirs / ours, so many times are we faster: the median of all pairs with the 95 % interval of a bootstrap over
@@ -38,7 +38,8 @@ from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 
 from data.structures import Detections, Fault, Sample  # noqa: E402
-from engine import evaluate  # noqa: E402
+from engine import metrics  # noqa: E402
+from engine.evaluate import coco_results  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -85,7 +86,7 @@ def as_json(truths: Sequence[Sample], detections: Sequence[Detections]) -> tuple
         "categories": [{"id": label} for label in range(CLASSES)],
         "annotations": annotations,
     }
-    return frame, evaluate.coco_results(
+    return frame, coco_results(
         [Sample(truth.path, truth.boxes, truth.labels, image_id=image) for image, truth in enumerate(truths)],
         detections,
         range(CLASSES),
@@ -112,17 +113,17 @@ def measured(images: int, pairs: int) -> dict[str, Any]:
     names = [f"class {label}" for label in range(CLASSES)]
     frame, rows = as_json(truths, detections)
 
-    def ours() -> evaluate.Metrics:
-        return evaluate.coco_metrics(truths, detections, names)
+    def ours() -> metrics.Metrics:
+        return metrics.coco_metrics(truths, detections, names)
 
     def theirs() -> np.ndarray:
         return pycocotools_stats(frame, rows)
 
-    mine = np.nan_to_num(np.array(astuple(ours())[: len(evaluate.NUMBERS)], dtype=float), nan=-1)
+    mine = np.nan_to_num(np.array(astuple(ours())[: len(metrics.NUMBERS)], dtype=float), nan=-1)
     difference = float(np.abs(mine - theirs()).max())
     began = time.process_time()
-    evaluate._coco({}, evaluate._true_rows(truths))
-    evaluate._coco({}, evaluate._found_rows(detections))
+    metrics._coco({}, metrics._true_rows(truths))
+    metrics._coco({}, metrics.found_rows(detections))
     inputs_ms = 1000 * (time.process_time() - began)
     return {
         "images": images,

@@ -51,9 +51,9 @@ from engine.classify import class_metrics, scores_of, true_labels  # noqa: E402
 from engine.explain import Question  # noqa: E402
 from engine.explain import measure as explain  # noqa: E402
 from engine.explain_metrics import Explained, level_metrics  # noqa: E402
-from engine.export import interleaved_ms  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from engine.select import attend_on, weak_levels  # noqa: E402
+from engine.timing import interleaved  # noqa: E402
 from models.checkpoint import load_checkpoint, restore  # noqa: E402
 from models.cost import network_costs, totals  # noqa: E402
 from models.graph import resolve  # noqa: E402
@@ -380,8 +380,9 @@ def speed(imgsz: int, width: float) -> dict[str, Any]:
         with torch.no_grad():
             return networks[name].predict(image)
 
-    times = interleaved_ms({name: partial(predict, name) for name in networks})
-    return {"ms": times, "imgsz": imgsz, "width": width, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    times = interleaved([partial(predict, name) for name in networks], rounds=15, warmup=2)
+    ms = {name: time.ms for name, time in zip(networks, times, strict=True)}
+    return {"ms": ms, "imgsz": imgsz, "width": width, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def shown_speed(imgsz: int, width: float, result: Mapping[str, Any] | None) -> str:

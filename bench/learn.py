@@ -62,8 +62,9 @@ from data.dataset import ImageSet  # noqa: E402
 from data.images import image_size  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.structures import Detections, Fault, Sample  # noqa: E402
-from engine.evaluate import coco_metrics, detections_of  # noqa: E402
+from engine.evaluate import detections_of  # noqa: E402
 from engine.jackknife import jackknife_error  # noqa: E402
+from engine.metrics import coco_metrics  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from models.checkpoint import load_checkpoint, restore  # noqa: E402
 from models.foreign import import_weights  # noqa: E402

@@ -48,7 +48,8 @@ from data.config import read_data_spec  # noqa: E402
 from data.dataset import ImageSet  # noqa: E402
 from data.readers import read_split  # noqa: E402
 from data.split import split_data  # noqa: E402
-from engine.evaluate import check_imgsz, detections_of  # noqa: E402
+from engine.doors import check_imgsz  # noqa: E402
+from engine.evaluate import detections_of  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from models.checkpoint import load_checkpoint, restore  # noqa: E402
 from models.graph import resolve  # noqa: E402

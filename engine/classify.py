@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from data.dataset import ImageSet
 from data.structures import Ranking, Sample
-from engine.evaluate import Asked, answered, evaluating, file_names, times_line, without_nan
+from engine.evaluate import Asked, answered, evaluating, file_names
+from engine.metrics import times_line, without_nan
 from engine.plots import draw_classification
 from engine.runs import new_run, table, write_text
 from models.network import Network

@@ -148,3 +148,31 @@ def parse_device(name: str) -> torch.device:
     if int(number) >= gpus:
         raise Fault(f"--device {name!r}: this machine has {gpus} usable GPUs; {here} would be right")
     return torch.device(f"cuda:{int(number)}")
+
+
+def check_imgsz(imgsz: int, stride: int) -> int:
+    """``imgsz`` itself; a Fault where the network cannot take it."""
+    if imgsz < stride or imgsz % stride:
+        below = max(imgsz // stride, 1) * stride
+        raise Fault(f"--imgsz {imgsz}: this network needs a multiple of {stride}; {below} or {below + stride} would do")
+    return imgsz
+
+
+def check_names(weights: str | Path, trained: Sequence[str], data: str | Path, asked: Sequence[str]) -> None:
+    """Raise a Fault unless the classes a network was trained on are those of the data set, in the same order."""
+    if tuple(trained) == tuple(asked):
+        return
+    raise Fault(
+        f"{weights}: trained on {len(trained)} classes: {', '.join(trained)}",
+        f"{data}: has {len(asked)} classes: {', '.join(asked)}",
+        "They must agree in number, names and order; give the data set that these weights were trained on.",
+    )
+
+
+def check_thresholds(conf: float, iou: float, max_det: int) -> None:
+    if not 0 <= conf < 1:
+        raise Fault(f"--conf-thres {conf}: must be at least 0 and under 1")
+    if not 0 <= iou <= 1:
+        raise Fault(f"--iou-thres {iou}: must be between 0 and 1")
+    if max_det < 1:
+        raise Fault(f"--max-det {max_det}: must be at least 1")

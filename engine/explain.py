@@ -19,9 +19,9 @@ from data.dataset import ImageSet
 from data.loader import batches
 from data.readers import read_split
 from data.structures import Batch, Detections, Fault, Letterbox, Sample, nearest
-from engine.doors import door, option_parser, parse_device, parse_options
+from engine.doors import check_names, check_thresholds, door, option_parser, parse_device, parse_options
 from engine.draw import write_image
-from engine.evaluate import check_names, check_thresholds, pixels
+from engine.evaluate import pixels
 from engine.explain_metrics import (
     CONTROLS,
     SPACES,

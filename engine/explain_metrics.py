@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.structures import Fault, nearest
-from engine.evaluate import without_nan
 from engine.heatmaps import Decisions, answers, confidences
+from engine.metrics import without_nan
 from engine.runs import table, write_text
 from models.network import Network
 

@@ -23,10 +23,11 @@ from data import structures
 from data.augment import fit, letterbox_of, middle, paste
 from data.structures import Fault, Letterbox, nearest
 from engine.classify import ranking
-from engine.doors import door, option_parser, parse_device, parse_options, told
+from engine.doors import check_imgsz, check_thresholds, door, option_parser, parse_device, parse_options, told
 from engine.draw import draw_detections, draw_label_map, draw_ranking
-from engine.evaluate import check_imgsz, check_thresholds, timed, times_line, to_original
-from engine.export import ExportedFile, Suppression, is_exported, read_exported
+from engine.evaluate import timed, to_original
+from engine.exported import ExportedFile, Suppression, is_exported, read_exported
+from engine.metrics import times_line
 from engine.nms import nms
 from engine.overlap import ahead, behind
 from engine.results import DOCUMENT, FORMS, LABELS, TABLE, Wanted, check_windows, found_table, write_results

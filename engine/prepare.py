@@ -19,7 +19,8 @@ from data.images import image_size
 from data.readers import Split, read_split
 from data.structures import Fault, Sample, nearest
 from engine.config import RunConfig, TrainConfig, option_name
-from engine.evaluate import ONE_CLASS, as_one_class, check_names
+from engine.doors import check_names
+from engine.evaluate import ONE_CLASS, as_one_class
 from engine.segment import ALL_ALIKE, class_weights
 from engine.tasks import check_data
 from models.anchors import best_possible_recall, fit_anchors, needs_anchors, with_anchors

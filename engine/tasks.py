@@ -19,8 +19,9 @@ from data.dataset import ImageSet
 from data.structures import Fault, Sample
 from engine.classify import ClassMetrics, evaluate_classes, scores_of, validate_classifier
 from engine.config import RunConfig, option_name
-from engine.evaluate import Asked, Metrics, detections_of, validate_detector
+from engine.evaluate import Asked, detections_of, validate_detector
 from engine.evaluate import evaluate as evaluate_detector
+from engine.metrics import Metrics
 from engine.plots import (
     WORST_IMAGES,
     draw_classes,

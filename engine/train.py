@@ -45,9 +45,10 @@ from engine.distributed import (
     surroundings,
     together,
 )
-from engine.doors import door, option_parser, parse_options
-from engine.evaluate import Metrics, calibration_images, check_imgsz, check_names
+from engine.doors import check_imgsz, check_names, door, option_parser, parse_options
+from engine.evaluate import calibration_images
 from engine.measure import amp_of, choose_amp, find_batch_size
+from engine.metrics import Metrics
 from engine.optim import NOMINAL_BATCH, averaged, lr_factor, make_optimizer, set_rates
 from engine.plan import (
     Plan,

@@ -2,7 +2,7 @@
 
 Detections are matched as in VOC's development kit (Everingham et al., IJCV 88, 2010): each is held against the object
 of its class that it overlaps most. The first to reach an object, by falling score, is right, a second one is wrong,
-and one whose object is marked difficult is not counted. COCO matches otherwise (`engine.evaluate.coco_metrics`): there
+and one whose object is marked difficult is not counted. COCO matches otherwise (`engine.metrics.coco_metrics`): there
 a detection that comes second to its object may take another one.
 """
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from data.structures import Fault
 from engine.export import write_onnx
-from engine.latency import CPU, PRECISION, Timing, check_runtime, device_name, joined, onnx_rows
+from engine.latency import PRECISION, check_runtime, device_name, joined, onnx_rows
 from engine.runs import write_text
+from engine.timing import CPU, Timing
 from models.cost import network_costs
 from models.graph import Graph, combinations, resolve
 from search.latency import (

@@ -17,8 +17,9 @@ from data.masks import read_mask
 from data.structures import Batch, Detections, Fault, Sample
 from engine.calibrate import calibrate_by
 from engine.classify import ClassMetrics, class_metrics, true_labels
-from engine.evaluate import jackknife_ap, pixels, to_original
+from engine.evaluate import pixels, to_original
 from engine.jackknife import remaining
+from engine.metrics import jackknife_ap
 from engine.nms import nms
 from engine.segment import SegMetrics, confusion_of, label_map, seg_metrics
 from engine.tasks import task_of
@@ -36,7 +37,7 @@ class Verdict:
     """What was measured of a subnet: metrics of its task, and its score with each group of images left out in turn.
 
     The score is the first of the task's columns: AP of a detector, top-1 of a classifier, mIoU of a segmenter. The
-    groups are those of `engine.evaluate.jackknife_ap`: the same for all subnets, so that they compare in pairs.
+    groups are those of `engine.metrics.jackknife_ap`: the same for all subnets, so that they compare in pairs.
     """
 
     metrics: Any

@@ -28,16 +28,12 @@ from tqdm import tqdm
 
 from data.structures import Fault
 from engine.latency import (
-    CPU,
     PRECISION,
-    Run,
-    Timing,
     check_runtime,
     deployed,
     device_name,
     image_of,
     inputs_of,
-    interleaved,
     joined,
     onnx_rows,
     onnx_run,
@@ -46,6 +42,7 @@ from engine.latency import (
 )
 from engine.runs import table as text_table
 from engine.runs import write_text
+from engine.timing import CPU, Run, Timing, interleaved
 from models.cost import count_params
 from models.graph import Graph, combinations, resolve
 from models.network import Network

@@ -20,9 +20,10 @@ from data.dataset import ImageSet
 from data.structures import Fault
 from engine import distributed
 from engine.config import add_options, checked, save_config
-from engine.doors import door, option_parser, parse_options
-from engine.evaluate import calibration_images, check_imgsz
-from engine.export import ANY_SIZE, ENDINGS, Suppression, check_packages, export
+from engine.doors import check_imgsz, door, option_parser, parse_options
+from engine.evaluate import calibration_images
+from engine.export import ANY_SIZE, ENDINGS, check_packages, export
+from engine.exported import Suppression
 from engine.plan import check_single
 from engine.prepare import augmentation, describe, read_labelled
 from engine.runs import new_run, write_csv, write_text

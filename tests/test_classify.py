@@ -25,7 +25,6 @@ from data.structures import Fault, Targets
 from engine.classify import ClassMetrics, class_metrics, ranking, ranking_lines
 from engine.config import TrainConfig, train_config
 from engine.draw import class_color, draw_ranking
-from engine.evaluate import main as val
 from engine.export import main as export
 from engine.infer import load
 from engine.infer import main as detect
@@ -34,6 +33,7 @@ from engine.runs import read_csv
 from engine.tasks import CLASSIFY, DETECT, check_data, check_options, task_of
 from engine.train import main as train_door
 from engine.train import train
+from engine.validate import main as val
 from models.checkpoint import load_checkpoint
 from models.distill import CLASS_TEMPERATURE, check_teacher, distillation_loss
 from models.graph import resolve

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from data.structures import Fault
 from engine.calibrate import calibrate
-from engine.export import read_file, write_file
+from engine.export import write_file
+from engine.exported import read_file
 from models.__main__ import main
 from models.checkpoint import warm_start
 from models.cost import count_params

@@ -15,9 +15,9 @@ from torch import nn
 
 from data.shapes import draw_shapes
 from engine import export
-from engine.evaluate import main as val
 from engine.infer import main as detect
 from engine.train import main as train
+from engine.validate import main as val
 from models.__main__ import main as models
 from models.checkpoint import load_checkpoint, restore, save_checkpoint
 from models.elastic import elastic_leaves

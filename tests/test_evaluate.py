@@ -16,17 +16,10 @@ from torch import nn
 
 from data.dataset import ImageSet
 from data.structures import Detections, Fault, Sample
-from engine import evaluate as module
-from engine.evaluate import (
-    check_imgsz,
-    check_names,
-    coco_metrics,
-    coco_results,
-    detections_of,
-    evaluate,
-    file_names,
-    label_lines,
-)
+from engine import validate as module
+from engine.doors import check_imgsz, check_names
+from engine.evaluate import coco_results, detections_of, evaluate, file_names, label_lines
+from engine.metrics import coco_metrics
 from models.parse import parse_text
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

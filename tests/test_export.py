@@ -19,28 +19,15 @@ from torch import Tensor, nn
 from data.images import read_image
 from data.shapes import draw_image
 from data.structures import Detections, Fault
-from engine import export
+from engine import export, exported
 from engine.draw import write_image
-from engine.evaluate import main as val
-from engine.export import (
-    CANDIDATES,
-    OUTPUTS,
-    Exported,
-    Suppression,
-    _matched,
-    appearing,
-    check_images,
-    check_parity,
-    interleaved_ms,
-    is_exported,
-    main,
-    read_exported,
-    read_file,
-    write_file,
-)
+from engine.export import OUTPUTS, Exported, appearing, main, write_file
+from engine.exported import CANDIDATES, Suppression, is_exported, read_exported, read_file
 from engine.infer import load
 from engine.infer import main as detect
 from engine.nms import nms
+from engine.parity import _matched, check_images, check_parity
+from engine.validate import main as val
 from models.checkpoint import save_checkpoint
 from models.cost import count_params
 from models.fuse import fuse
@@ -79,7 +66,7 @@ def every_kind(request: pytest.FixtureRequest) -> str:
 def installed(request: pytest.FixtureRequest) -> str:
     missing = [package for package in export.NEEDED[request.param] if find_spec(package) is None]
     if missing:
-        extra = export.EXTRAS[request.param]
+        extra = exported.EXTRAS[request.param]
         pytest.skip(f"{request.node.nodeid}: not installed: {', '.join(missing)} (the extra `{extra}`)")
     return request.param
 
@@ -225,7 +212,7 @@ def openvino_says(path: Path, outputs: Sequence[str]) -> dict[str, str]:
     model = openvino.Core().read_model(path)
     assert [sorted(y.names) for y in model.outputs] == [[name] for name in outputs]
     assert str(model.input("images").partial_shape) == "[?,3,?,?]"
-    return dict(model.get_rt_info([export.ABOUT]).value)
+    return dict(model.get_rt_info([exported.ABOUT]).value)
 
 
 def a_data_set(folder: Path) -> Path:
@@ -281,7 +268,7 @@ def test_what_stands_for_an_exported_file(tmp_path, monkeypatch):
     ] * 2
     with pytest.raises(Fault, match="a folder with 0 .xml files; name a checkpoint"):
         load(tmp_path)
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(exported, "find_spec", lambda name: None)
     with pytest.raises(Fault, match=r"a.xml: needs openvino; pip install 'oneshot-yolo\[openvino\]'"):
         load(tmp_path / "a.bin")
     with pytest.raises(Fault, match=r"a.onnx: needs onnxruntime; pip install 'oneshot-yolo\[export\]'"):
@@ -512,10 +499,10 @@ def test_suppression_inside_is_that_outside(tmp_path):
 # ---- the check
 
 
-def reading(network: Network) -> Callable[..., export.Run]:
+def reading(network: Network) -> Callable[..., exported.Run]:
     """`read_file` of a file that holds this network, whatever was written."""
 
-    def read(path: Path, kind: str, conf: float | None = None) -> export.Run:
+    def read(path: Path, kind: str, conf: float | None = None) -> exported.Run:
         return lambda images: network.predict(images)
 
     return read
@@ -546,7 +533,7 @@ def test_a_file_that_is_not_the_network_is_told_and_not_left_behind(change, told
 def test_another_threshold_inside_is_told(weights, capsys, monkeypatch):
     """The file suppresses at IoU .9: it gives boxes that should be gone."""
 
-    def read(path: Path, kind: str, conf: float | None = None) -> export.Run:
+    def read(path: Path, kind: str, conf: float | None = None) -> exported.Run:
         def run(images: Tensor) -> tuple[Tensor, ...]:
             (boxes, scores), network_conf = a_network().predict(images), 0.25 if conf is None else conf
             found = [
@@ -597,7 +584,7 @@ def test_a_network_that_sees_nothing_is_checked_all_the_same():
         layer.bias.data.view(2, -1)[:, 4] -= 6
     images, asked = check_images(None, SIZE), Suppression(0.9, 0.45, 300)
 
-    def read(conf: float | None) -> export.Run:
+    def read(conf: float | None) -> exported.Run:
         return lambda images: network.predict(images)
 
     assert check_parity(network, read, images, asked, inside=False).detections > 20
@@ -641,11 +628,3 @@ def test_the_check_takes_images_of_the_user(tmp_path):
     assert torch.equal(
         (images[0] * 255).round().byte(), torch.from_numpy(read_image(tmp_path / "a.png")).permute(2, 0, 1)
     )
-
-
-def test_runs_are_timed_in_turns():
-    turns: list[str] = []
-    runs = {name: (lambda name=name: turns.append(name)) for name in ("a", "b")}
-    times = interleaved_ms(runs, rounds=5, warmup=1)
-    assert set(times) == {"a", "b"} and all(ms >= 0 for ms in times.values())
-    assert all(set(turns[i : i + 2]) == {"a", "b"} for i in range(0, 12, 2)) and len(turns) == 12

@@ -23,7 +23,7 @@ from data.images import read_image
 from data.structures import Fault, Targets
 from engine import infer, sources
 from engine.draw import class_color, draw_detections, grid, write_image
-from engine.export import ExportedFile
+from engine.exported import ExportedFile
 from engine.infer import Model, class_labels, load
 from engine.results import cell, folder_name, growing, growing_list
 from engine.sources import (

@@ -15,10 +15,10 @@ from test_distributed import in_two_processes
 from test_train import MODEL
 
 from data.shapes import draw_shapes
-from engine.evaluate import main as val
 from engine.export import ENDINGS, NEEDED, PACKAGES
 from engine.infer import main as detect
 from engine.train import main as train
+from engine.validate import main as val
 from models.checkpoint import load_checkpoint, restore
 from models.parse import parse
 from search.judge import judge

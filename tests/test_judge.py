@@ -22,8 +22,9 @@ from data.shapes import draw_shapes
 from data.structures import Detections, Fault, Sample
 from engine.calibrate import calibrate, calibrate_by
 from engine.classify import class_metrics
-from engine.evaluate import calibration_images, coco_metrics, evaluate, jackknife_ap
+from engine.evaluate import calibration_images, evaluate
 from engine.jackknife import JACKKNIFE_GROUPS, jackknife_error
+from engine.metrics import coco_metrics, jackknife_ap
 from engine.segment import seg_metrics
 from engine.tasks import evaluate as evaluate_task
 from engine.tasks import task_of

@@ -14,19 +14,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine.latency
+import engine.timing
 import search.latency
 from data.structures import Fault
 from engine.export import PACKAGES
-from engine.latency import (
-    Timing,
-    check_runtime,
-    device_name,
-    image_of,
-    interleaved,
-    measure_ms,
-    onnx_runs,
-    threads_used,
-)
+from engine.latency import check_runtime, device_name, image_of, measure_ms, onnx_runs, threads_used
+from engine.timing import Timing, interleaved
 from models.graph import combinations, normalize, resolve
 from models.network import Network
 from models.parse import parse_text
@@ -141,7 +134,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(engine.latency, "time", clock)
+    monkeypatch.setattr(engine.timing, "time", clock)
     return clock
 
 
@@ -161,9 +154,11 @@ def test_every_round_runs_each_once_in_an_order_of_its_own(clock):
     assert len(set(rounds)) > 15
 
 
-def test_a_slow_network_is_timed_less_often_but_never_under_ten_times(clock):
+def test_a_slow_network_is_timed_less_often_but_never_under_the_fewest(clock):
     (found,) = interleaved([clock.run(10.0)], seconds=60.0, progress=False)
     assert found.count == 10 and clock.now == (2 + 10) * 10.0
+    (found,) = interleaved([clock.run(10.0)], seconds=60.0, fewest=3, progress=False)
+    assert found.count == 5
     (found,) = interleaved([clock.run(1.0)], seconds=60.0, progress=False)
     assert 10 < found.count < 50
     (found,) = interleaved([clock.run(0.01)], seconds=60.0, progress=False)

@@ -28,7 +28,7 @@ from data.images import MOST_PIXELS, decode_image, image_size, read_image
 from data.masks import read_ids
 from data.readers import read_split
 from data.structures import PROGRAM, Detections, Fault, version
-from engine import doors, evaluate, explain, export, infer, train
+from engine import doors, explain, export, infer, train, validate
 from engine.config import read_options
 from engine.doors import door, parse_device, told
 from engine.results import folder_name, write_crops
@@ -398,7 +398,7 @@ def doors_with(weights: Path, folder: Path) -> dict[str, Callable[[], int]]:
         "train --resume": lambda: train.main(["--resume", str(run)]),
         "search --weights": lambda: search_run.main(["--cfg", str(space), *given, *small, "--epochs", "9"]),
         "search --resume": lambda: search_run.main(["--resume", str(run)]),
-        "val": lambda: evaluate.main([*given, "--data", str(data), "--device", "cpu"]),
+        "val": lambda: validate.main([*given, "--data", str(data), "--device", "cpu"]),
         "detect": lambda: infer.main([*given, "--source", str(picture), "--project", out, "--device", "cpu"]),
         "export": lambda: export.main([*given, "--format", "torch"]),
         "explain": lambda: explain.main([*given, "--source", str(picture), "--project", out, "--device", "cpu"]),
@@ -523,7 +523,7 @@ def test_a_dead_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "main",
-    [train.main, evaluate.main, infer.main, export.main, explain.main, search_run.main],
+    [train.main, validate.main, infer.main, export.main, explain.main, search_run.main],
     ids=["train", "val", "detect", "export", "explain", "search"],
 )
 def test_every_door_says_its_version(main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from data.structures import Fault
-from engine.latency import Timing
+from engine.timing import Timing
 from models.spec import Choice
 from search.latency import Check, Key, Validation, confirmed, fit_additive
 from search.space import Architecture, SearchSpace

@@ -15,8 +15,8 @@ import pytest
 
 from data.structures import Fault, Sample
 from engine.config import checked, read_options
-from engine.evaluate import main as val
 from engine.runs import read_csv
+from engine.validate import main as val
 from models.checkpoint import load_checkpoint
 from models.parse import parse
 from search import find

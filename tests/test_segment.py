@@ -28,7 +28,6 @@ from data.masks import read_ids
 from data.structures import VOID, Fault, LabelMap, Sample, Targets
 from engine.config import TrainConfig, train_config
 from engine.draw import class_color, draw_label_map, grid, wide_places
-from engine.evaluate import main as val
 from engine.infer import load
 from engine.infer import main as detect
 from engine.measure import repeated
@@ -39,6 +38,7 @@ from engine.step import scaled
 from engine.tasks import SEGMENT, check_data, check_options, task_of
 from engine.train import main as train_door
 from engine.train import train
+from engine.validate import main as val
 from models.checkpoint import load_checkpoint
 from models.graph import load_graph, resolve
 from models.network import Network, build

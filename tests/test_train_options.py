@@ -32,7 +32,7 @@ from engine import measure
 from engine import train as training
 from engine.config import LACKING, TrainConfig, read_options, train_config
 from engine.distributed import World
-from engine.evaluate import Metrics
+from engine.metrics import Metrics
 from engine.optim import averaged, lr_factor, make_optimizer, set_rates
 from engine.plan import check_processes, make_plan
 from engine.prepare import anchored, box_sizes, describe, freeze, read_labelled, set_loss, train_mode

@@ -23,7 +23,7 @@ pytest.importorskip("optuna", reason="the extra `search` is not installed")
 from data.structures import Fault
 from engine import tune as tuning
 from engine.config import TrainConfig, read_options, train_config
-from engine.evaluate import NUMBERS, Metrics
+from engine.metrics import NUMBERS, Metrics
 from engine.runs import read_csv
 from engine.train import TrainResult, main
 from engine.tune import RANGES, Range, tune

@@ -11,30 +11,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from engine.config import option_name
 from engine.doors import door, option_parser, parse_options
 from engine.runs import write_text
 from models import draw
-from models.layout import Layout
 from search import plots, report_page
 from search.config import SearchConfig
-from search.front import COSTS
-from search.latency import ALLOWED_ERROR, ALLOWED_TAU, SEPARABLE
 from search.objective import UNDECIDED
-from search.plots import Mark, Series, escaped
+from search.plots import Series, escaped
 from search.report_data import (
     STATES,
     TITLES,
     Run,
-    Subnet,
     cell,
     cost_number,
     cost_text,
@@ -42,7 +34,6 @@ from search.report_data import (
     decision_text,
     duration,
     listed,
-    option_text,
     plain,
     plural,
     read_run,
@@ -51,11 +42,23 @@ from search.report_data import (
     taken_option,
     training_command,
 )
+from search.report_latency import latency_section
+from search.report_pieces import (
+    absent,
+    cheaper_tie,
+    command,
+    css,
+    folded,
+    legend,
+    link,
+    number,
+    row_note,
+    table,
+    with_article,
+)
+from search.report_subnets import cards_section, cloud_section, facts, front_section
 
 NOISE = 0.01  # a score below this says that the supernet has hardly learned anything yet
-KINDS = {"detect": "detection", "classify": "classification", "segment": "segmentation"}  # of losses, by task
-MOST_DOTS = 6_000  # of the cloud of losses
-MOST_TIES = 3  # numbers on a badge
 
 
 def write_report(folder: Path) -> Path:
@@ -101,82 +104,6 @@ def page(run: Run) -> str:
 
 def variables(colours: Mapping[str, str]) -> str:
     return "".join(f"--{name}: {colour}; " for name, colour in colours.items())
-
-
-# ---- pieces of HTML
-
-
-def css(kind: str, on: bool = True) -> str:
-    """A class attribute, or nothing."""
-    return f' class="{kind}"' if on and kind else ""
-
-
-def absent(text: str) -> str:
-    """A sentence in place of what the folder does not hold. `text` is HTML."""
-    return f'<p class="absent">{text}</p>'
-
-
-def copied(text: str, kind: str = "") -> str:
-    """A text, with a button that copies it."""
-    return (
-        f'<div class="copied"><pre{css(kind)}>{escaped(text)}</pre>'
-        '<button type="button" class="copy">copy</button></div>'
-    )
-
-
-def command(line: str) -> str:
-    """A command to copy; it is wrapped between its words only."""
-    wrapped = " ".join(f'<span class="word">{escaped(word)}</span>' for word in line.split(" "))
-    return f'<div class="copied"><pre>{wrapped}</pre><button type="button" class="copy">copy</button></div>'
-
-
-def table(heads: Sequence[str], lines: Sequence[str], sortable: bool = False) -> str:
-    """`heads` are texts, those of numbers beginning with ``>``; `lines` are rows of cells."""
-    head = "".join(f"<th{css('n', text.startswith('>'))}>{escaped(text.removeprefix('>'))}</th>" for text in heads)
-    return (
-        f'<div class="scroll"><table{css("sortable", sortable)}><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def number(value: float | None, shown: str = "{:.3f}") -> str:
-    """A cell with a number as it is shown, and the whole of it for sorting and for programs."""
-    return (
-        '<td class="n">–</td>'
-        if value is None
-        else f'<td class="n"><data value="{value!r}">{shown.format(value)}</data></td>'
-    )
-
-
-def folded(title: str, inside: str) -> str:
-    return f"<details><summary>{title}</summary>{inside}</details>"
-
-
-def figures(pictures: Sequence[str]) -> str:
-    return f'<div class="panels">{"".join(f"<figure>{picture}</figure>" for picture in pictures)}</div>'
-
-
-def legend(keys: Sequence[tuple[str, str]]) -> str:
-    """What the marks of a picture mean: pairs of an SVG around 0 0 and a text."""
-    return '<ul class="legend">' + "".join(
-        f'<li><svg viewBox="-11 -11 22 22">{shape}</svg>{text}</li>' for shape, text in keys
-    ) + "</ul>"  # fmt: skip
-
-
-def link(run: Run, one: Subnet) -> str:
-    return f'<a href="#subnet-{one.number}">{one.number}</a>' if run.has_card(one) else str(one.number)
-
-
-def badges(run: Run, one: Subnet) -> str:
-    found = ['<span class="badge best">★ best</span>'] if one.number == run.best else []
-    for metric, bend in run.knees.items():
-        of = f" of {TITLES[metric]}" if len(run.metrics) > 1 else ""
-        found += [f'<span class="badge knee">◆ knee{of}</span>'] if bend == one.number else []
-    if one.front and one.ties:
-        more = f" and {len(one.ties) - MOST_TIES} more" if len(one.ties) > MOST_TIES + 1 else ""
-        shown = ", ".join(map(str, one.ties[:MOST_TIES])) + more if more else listed(one.ties)
-        found.append(f'<span class="badge tied">ties with {shown}</span>')
-    return " ".join(found)
 
 
 # ---- in short
@@ -247,11 +174,6 @@ def headline(run: Run) -> str:
     return told + command(training_command(run, weights, f"subnet-{best.number}")) + cautions(run)
 
 
-def cheaper_tie(run: Run, one: Subnet) -> Subnet | None:
-    """The cheapest subnet of the front that this one ties with."""
-    return next((other for other in run.front if other.number in one.ties), None)
-
-
 def cautions(run: Run) -> str:
     """What the numbers of this page do not tell."""
     judging = run.images.get("judging")
@@ -286,222 +208,10 @@ def cautions(run: Run) -> str:
     return f'<div class="caution"><h3>What this does not tell</h3><ul>{lines}</ul></div>' if lines else ""
 
 
-def with_article(title: str) -> str:
-    """``an AP``, ``a top-1``"""
-    return f"{'an' if title in ('AP', 'mIoU') else 'a'} {title}"
-
-
 def noise_level(run: Run) -> float:
     """What the score of a network that has learned nothing yet may be: guessing finds one class of so many."""
     guessed = 1 / run.graph.spec.num_classes if run.task.name == "classify" and run.graph else 0.0
     return max(NOISE, guessed)
-
-
-# ---- the front
-
-
-def front_section(run: Run) -> str:
-    if not run.subnets:
-        return ""
-    title = run.score
-    shown = [metric for metric in run.costs if metric != "latency_table_ms" or "latency_ms" not in run.costs]
-    panels = [
-        plots.cost_scatter(
-            metric,
-            [mark(run, one, metric, one.score, one.error or 0.0) for one in run.subnets if metric in one.costs],
-            title,
-            limits=limits(run, metric),
-            joined=run.metrics == (metric,),
-        )
-        for metric in shown
-    ]
-    alone = ", so it is a line only there" if len(run.metrics) == 1 < len(shown) else ""
-    return (
-        f"<h2>The front: {title} against cost</h2>"
-        f"<p>Every mark is a subnet, and each picture has all of them. The front is made of {title} and "
-        f"{listed([TITLES[metric] for metric in run.metrics])}{alone}. Point at a mark, or tap it, to see what it is; "
-        "a click on one of the front leads to its card.</p>"
-        f"{front_legend(run)}{figures(panels)}<h3>The front in numbers</h3>{subnet_table(run, run.front)}"
-        + folded(
-            f"All {plural(len(run.subnets), 'judged subnet')}, with their picks",
-            subnet_table(run, run.subnets, picks=True),
-        )
-    )
-
-
-def limits(run: Run, metric: str) -> list[tuple[float, str]]:
-    """The budgets of a cost, with their texts."""
-    own = {metric, metric.replace("_table", "")}
-    return [(b.limit, f"budget {cost_number(b.metric, b.limit)}") for b in run.budgets if b.metric in own]
-
-
-def mark(run: Run, one: Subnet, metric: str, y: float, error: float = 0.0) -> Mark:
-    cheaper = cheaper_tie(run, one)
-    return Mark(
-        subnet=one.number,
-        x=one.costs[metric],
-        y=y,
-        kind=" ".join(kinds(run, one, metric)),
-        spoken=f"subnet {one.number}: {run.score} {score_text(one)}, {costs_text(one)}",
-        error=error,
-        tied_to=cheaper.number if cheaper else None,
-        link=run.has_card(one),
-    )
-
-
-def kinds(run: Run, one: Subnet, metric: str) -> list[str]:
-    """What a mark of the subnet shows over a cost: words of {judged, front, tied, best, knee}."""
-    found = ["front" if one.front else "judged"]
-    found += ["tied"] if one.front and one.ties else []
-    found += ["best"] if one.number == run.best else []
-    return found + (["knee"] if run.knees.get(metric) == one.number else [])
-
-
-def front_legend(run: Run) -> str:
-    """What the marks mean; only those that occur."""
-    occur = {kind for one in run.subnets for metric in run.costs for kind in kinds(run, one, metric)}
-    title = run.score
-    texts = {
-        "front best": "the best",
-        "front knee": f"the knee: behind it, {title} gets dearer",
-        "front": "on the front",
-        "front tied": "on the front, but ties with a cheaper one, to which a dotted bow leads",
-        "judged": "judged, not on the front",
-    }
-    keys = [
-        (f'<g class="mark {kind}">{plots.symbol(kind)}</g>', text)
-        for kind, text in texts.items()
-        if kind.split()[-1] in occur
-    ]
-    if any(one.error for one in run.subnets):
-        keys.append(
-            ('<g class="front"><path class="error" d="M-3 -8h6M0 -8V8M-3 8h6"/></g>', f"{title} ± one standard error")
-        )
-    if any(limits(run, metric) for metric in run.costs):
-        keys.append(('<path class="budget" d="M0 -10V10"/>', "budget"))
-    return legend(keys)
-
-
-def subnet_table(run: Run, subnets: Sequence[Subnet], picks: bool = False) -> str:
-    """Subnets as rows; a click on the name of a column sorts by it."""
-    title, second = run.task.titles[:2]
-    extra = {"error": "±", "second": second, "loss": "loss"}
-    extra = {name: title for name, title in extra.items() if any(getattr(one, name) is not None for one in subnets)}
-    heads = ["subnet", "", f">{title}", *(f">{name}" for name in extra.values())]
-    heads += [f">{TITLES[metric]}{', ms' * metric.startswith('latency')}" for metric in run.costs]
-    lines = []
-    for one in subnets:
-        cells = [
-            f'<td><data value="{one.number}">{link(run, one)}</data></td><td>{badges(run, one)}</td>',
-            number(one.score),
-        ]
-        cells += [number(getattr(one, name)) for name in extra]
-        for metric in run.costs:
-            value = one.costs.get(metric)
-            cells.append(number(value, cost_number(metric, value or 0.0)))
-        cells += [f"<td>{escaped(one.picks.get(name, '–'))}</td>" for name in run.choices if picks]
-        lines.append(f"<tr{css('off', not one.front)}>{''.join(cells)}</tr>")
-    return table([*heads, *(run.choices if picks else ())], lines, sortable=True)
-
-
-def facts(run: Run) -> dict[str, Any]:
-    """What the page's script shows of the subnet under the pointer."""
-    title, second = run.task.titles[:2]
-    subnets = {}
-    for one in run.subnets:
-        lines = [(title, score_text(one))]
-        lines += [(second, f"{one.second:.3f}")] if one.second is not None else []
-        lines += [("loss", f"{one.loss:.4f}")] if one.loss is not None else []
-        lines += [
-            (TITLES[m], cost_number(m, value) + " ms" * m.startswith("latency")) for m, value in one.costs.items()
-        ]
-        told = ["the best"] * (one.number == run.best) + ["the knee"] * (one.number in run.knees.values())
-        told += ["a tie"] * bool(one.front and one.ties)
-        subnets[str(one.number)] = {
-            "title": ", ".join([f"Subnet {one.number}", *told]),
-            "lines": lines,
-            "picks": [(f"row {row}", plots.row_picks(names, one.picks)) for row, names in run.rows.items()],
-            "card": run.has_card(one),
-        }
-    found: dict[str, Any] = {"subnets": subnets, "choices": list(run.choices.items()) if run.size else []}
-    if run.losses:
-        shown = thinned(run.losses)
-        names = [name for name in shown if name != "subnet"]
-        found["cloud"] = {name: [float(f"{value:.6g}") for value in shown[name].tolist()] for name in names}
-        found["cloud"] |= {
-            "subnet": shown["subnet"].astype(int).tolist(),
-            "names": names,
-            "titles": TITLES | {"loss": "loss"},
-        }
-    return found
-
-
-# ---- all subnets
-
-
-def thinned(losses: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """At most `MOST_DOTS` of all subnets, evenly taken in the order of their loss, the lowest always among them."""
-    every = math.ceil(len(losses["loss"]) / MOST_DOTS)
-    order = np.argsort(losses["loss"], kind="stable")[::every]
-    return losses if every == 1 else {name: values[order] for name, values in losses.items()}
-
-
-def cloud_section(run: Run) -> str:
-    title = "<h2>All subnets: loss against cost</h2>"
-    if not run.losses:
-        sentence = (
-            "Only the judged subnets were measured. Where a space is small enough to be walked through whole, a search "
-            "keeps the loss of every subnet in losses.csv, and they are shown here."
-        )
-        return title + absent(sentence) if run.subnets else ""
-    shown = thinned(run.losses)
-    count = len(run.losses["loss"])
-    metrics = [metric for metric in COSTS if metric in shown]
-    loss = dict(zip(run.losses["subnet"].astype(int).tolist(), run.losses["loss"].tolist(), strict=True))
-    panels = []
-    for metric in metrics:
-        marks = [
-            mark(run, one, metric, loss[one.number])
-            for one in run.subnets
-            if one.number in loss and metric in one.costs
-        ]
-        dots = list(zip(shown[metric].tolist(), shown["loss"].tolist(), strict=True))
-        panels.append(plots.cost_scatter(metric, marks, "loss", limits=limits(run, metric), cloud=dots))
-    kind = KINDS.get(run.task.name, run.task.name)
-    fewer = f" {len(shown['loss']):,} of them are drawn." if len(shown["loss"]) < count else ""
-    levels = {TITLES[metric]: len(np.unique(run.losses[metric])) for metric in metrics}
-    few = [f"{values} different numbers of {name}" for name, values in levels.items() if values <= min(24, count // 20)]
-    columns = f" There are only {listed(few)} among them, hence the columns." if few else ""
-    return (
-        f"{title}<p>The {kind} loss on the judging images of all {plural(count, 'subnet')}, each with batch norm "
-        "statistics of its own: low is good. A loss is cheap to measure and says which subnets are worth "
-        f"{with_article(run.score)}; those "
-        f"that got one are marked.{fewer}{columns}</p>{figures(panels)}{effects(run)}"
-    )
-
-
-def effects(run: Run) -> str:
-    """For every option, the mean loss of all subnets that have it: what each choice matters on its own."""
-    if run.size != len(run.losses["loss"]):
-        return ""
-    numbers, loss = run.losses["subnet"].astype(np.int64), run.losses["loss"]
-    found, radix = [], run.size
-    for name, options in run.choices.items():
-        radix //= len(options)
-        means = [float(loss[numbers // radix % len(options) == place].mean()) for place in range(len(options))]
-        least, apart = min(means), max(means) - min(means)
-        cells = ", ".join(
-            f"{'<b>' * (mean == least)}{escaped(option)}{'</b>' * (mean == least)} {mean:.4f}"
-            for option, mean in zip(options, means, strict=True)
-        )
-        found.append((apart, f"<tr><td>{escaped(name)}</td>{number(apart, '{:.4f}')}<td>{cells}</td></tr>"))
-    found.sort(key=lambda line: -line[0])
-    return folded(
-        "How much each choice matters on its own",
-        "<p>The mean loss of all subnets that have an option, whatever else they have. The choice that makes the "
-        "largest difference comes first, the option of lowest loss is bold.</p>"
-        + table(["choice", ">difference", "mean loss by option"], [line for _, line in found]),
-    )
 
 
 # ---- alphas
@@ -554,14 +264,6 @@ def alphas_section(run: Run) -> str:
         f"{run.score} says which of them "
         f'are on the front.</p><div class="smalls">{"".join(panels)}</div>'
     )
-
-
-def row_note(run: Run, name: str) -> str:
-    """The op and stride of the row that a choice or decision belongs to."""
-    row = name.partition(".")[0]
-    nodes = run.graph.nodes if run.graph else ()
-    node = next((node for node in nodes if (node.layer.name or str(node.index)) == row), None)
-    return f'<span class="faint">{escaped(node.op.name)}, stride {node.output.stride}</span>' if node else ""
 
 
 # ---- training
@@ -629,103 +331,6 @@ def importance_section(run: Run) -> str:
     )
 
 
-# ---- latency
-
-
-def latency_section(run: Run) -> str:
-    title = "<h2>Latency: the table against measurement</h2>"
-    found = run.latency
-    if not found:
-        sentence = (
-            "This folder has no table of latencies (latency.json): the judged subnets were measured one by one, and "
-            "nothing says how far two measurements of the same one lie apart. <code>--budget latency_ms=…</code> "
-            "lets a search make a table and check it."
-        )
-        return title + absent(sentence) if "latency_ms" in run.costs else ""
-    told = ""
-    key = {name: value for name, value in (found.get("key") or {}).items() if name != "space" and value is not None}
-    if key:
-        under = ", ".join(f"{escaped(name)} {escaped(value)}" for name, value in key.items())
-        told += f"<p>Measured under: {under}. The table holds for nothing else.</p>"
-    spread, noise = found.get("spread_ms"), found.get("noise_ms")
-    if spread is not None and noise is not None:
-        told += separation(spread, noise)
-    return f"{title}{told}{validation(found.get('validation') or {})}{entries(found)}"
-
-
-def separation(spread: float, noise: float) -> str:
-    """Whether latency tells the subnets of this space apart at all."""
-    both = (
-        f"The latencies of the subnets spread over {spread:.3g} ms, and a repeated measurement moves by {noise:.3g} ms"
-    )
-    if spread >= SEPARABLE * noise:
-        return f"<p>{both}: {spread / noise if noise else math.inf:.1f} times less, so latency tells subnets apart.</p>"
-    return (
-        f'<div class="caution"><h3>Latency cannot separate these</h3><p>{both}. That is not even {SEPARABLE:g} '
-        "times as much, so one subnet is as fast as the other as far as can be told here. MACs are the cost to look at."
-        "</p></div>"
-    )
-
-
-def validation(found: Mapping[str, Any]) -> str:
-    """Predictions beside measurements beside repeated measurements."""
-    subnets = found.get("subnets") or []
-    if not subnets:
-        return ""
-    points = [(str(s["number"]), s["predicted_ms"], s["measured_ms"], s.get("again_ms")) for s in subnets]
-    error, again, tau, tau_again = (found.get(name) for name in ("error", "repeat_error", "tau", "repeat_tau"))
-    lines = [
-        f"<tr><td>mean relative error</td>{number(error, '{:.1%}')}{number(again, '{:.1%}')}</tr>",
-        f"<tr><td>Kendall's tau of the order</td>{number(tau)}{number(tau_again)}</tr>",
-    ]
-    near = error is not None and error <= max(ALLOWED_ERROR, again or 0.0)
-    ordered = tau_again is None or (tau or 0.0) >= ALLOWED_TAU * tau_again
-    verdict = (
-        "So the table can stand in for a measurement here."
-        if near and ordered
-        else "So the table is not to be trusted here: subnets that matter are measured themselves."
-    )
-    return (
-        f'<div class="panels"><figure>{plots.agreement(points, "ms")}</figure><div>'
-        + table(["measured against", ">the table", ">itself again"], lines)
-        + f"<p>{plural(len(subnets), 'subnet')} drawn at random were measured from end to end (disc), and once more "
-        "(ring). On the dashed line the table is right. It cannot agree with a measurement better than the measurement "
-        "agrees with its own repetition, so read one column against the other. Tau is 1 where both put all subnets in "
-        f"the same order. {verdict}</p></div></div>"
-    )
-
-
-def entries(found: Mapping[str, Any]) -> str:
-    """The table itself."""
-    lines = [
-        f"<tr><td>{escaped(one.get('row', ''))}</td><td>{escaped(picks_text(one.get('picks')))}</td>"
-        f"{number(one.get('ms'), '{:.3f}')}{number(one.get('iqr'), '{:.3f}')}{number(one.get('count'), '{:.0f}')}</tr>"
-        for one in found.get("entries") or ()
-    ]
-    if not lines:
-        return ""
-    fitted = found.get("kind") == "regression"
-    what = (
-        "What a row with these options takes longer than with its fastest ones, in whole subnets, and how many subnets "
-        "had it. Rows measured alone did not add up, so this was fitted."
-        if fitted
-        else "Median milliseconds of a row with these options, measured alone, and the distance between its quartiles."
-    )
-    fixed = found.get("fixed_ms")
-    rest = "" if fixed is None else f" What all subnets have in common takes {fixed:.3g} ms."
-    return folded(
-        f"The table: {plural(len(lines), 'entry', 'entries')}, {'fitted to whole subnets' if fitted else 'by row'}",
-        f"<p>{what}{rest}</p>"
-        + table(["row", "options", ">ms", ">quartiles", ">subnets" if fitted else ">runs"], lines, sortable=True),
-    )
-
-
-def picks_text(picks: Any) -> str:
-    if isinstance(picks, Mapping):
-        return ", ".join(f"{name} {option_text(pick)}" for name, pick in picks.items())
-    return " ".join(map(option_text, picks)) if isinstance(picks, list) else option_text(picks)
-
-
 # ---- retraining
 
 
@@ -770,99 +375,6 @@ def kept_order(retrained: Sequence[tuple[int, Mapping[str, float]]]) -> str:
         if pairs
         else ""
     )
-
-
-# ---- cards
-
-
-def cards_section(run: Run) -> str:
-    shown = sorted((one for one in run.subnets if run.has_card(one)), key=run.cheapest_first)
-    if not shown:
-        return ""
-    best = run.chosen or shown[-1]
-    placed, common = None, ""
-    if run.graph and run.graph.spec.choices:
-        placed, inside = plots.detector(run.graph)
-        common = (
-            f'<svg class="defs" aria-hidden="true"><defs><g id="detector" class="detector">{inside}</g></defs></svg>'
-        )
-    legend_text = " In the pictures, green rows are those that were searched; /8 is stride 8." if placed else ""
-    return (
-        "<h2>Every subnet of the front</h2><p>From the cheapest to the dearest. An orange edge marks a row "
-        f"with other picks than the best's.{legend_text}</p>{common}"
-        + "".join(card(run, one, best, placed) for one in shown)
-    )
-
-
-def card(run: Run, one: Subnet, best: Subnet, placed: Layout | None) -> str:
-    """One subnet: what it is, what it costs, its picture, its files, how to train it on."""
-    files = [f"subnets/{one.number}.yaml", f"subnets/{one.number}.pt"]
-    files += ["best.yaml", "best.pt"] if one.number == run.best else []
-    there = [file for file in files if (run.folder / file).is_file()]
-    links = " · ".join(f'<a href="{file}">{file}</a>' for file in there)
-    gone = absent("Its files are not in the folder.") if not there else ""
-    weights = next((file for file in there if file.endswith(".pt")), files[1])
-    model = next((file for file in there if file.endswith(".yaml")), None)
-    text = (run.folder / model).read_text(encoding="utf-8") if model else ""
-    if run.graph and placed:
-        spoken = f"Subnet {one.number}: " + ", ".join(f"{name} {pick}" for name, pick in one.picks.items())
-        picture = f'<div class="diagram">{plots.subnet_diagram(run.graph, placed, one.picks, best.picks, spoken)}</div>'
-    else:
-        picture = strip(run, one, best)
-    return (
-        f'<article class="card" id="subnet-{one.number}"><header><h3>Subnet {one.number}</h3> '
-        f"{badges(run, one)}</header><div "
-        f'class="two"><div>{against_best(run, one, best)}{picks_table(run, one, best)}<p>{links}</p>{gone}'
-        f"<p>To train it on:</p>{command(training_command(run, weights, f'subnet-{one.number}'))}"
-        f"{folded('YAML', copied(text, 'yaml')) if text else ''}</div>{picture}</div></article>"
-    )
-
-
-def against_best(run: Run, one: Subnet, best: Subnet) -> str:
-    """Scores and costs, and how far they are from the best's."""
-    title, second = run.task.titles[:2]
-    is_best = one.number == best.number
-    rows = [(title, score_text(one), f"{one.score - best.score:+.3f}")]
-    if one.second is not None and best.second is not None:
-        rows.append((second, f"{one.second:.3f}", f"{one.second - best.second:+.3f}"))
-    for metric, value in one.costs.items():
-        other = best.costs.get(metric)
-        title = TITLES[metric] + ", ms" * metric.startswith("latency")
-        rows.append((title, cost_number(metric, value), f"{value / other - 1:+.1%}" if other else ""))
-    lines = []
-    for title, shown, apart in rows:
-        beside = "" if is_best else f'<td class="n">{apart.replace("-", "−")}</td>'
-        lines.append(f'<tr><td>{title}</td><td class="n"><b>{shown}</b></td>{beside}</tr>')
-    return table(["", ">", *([] if is_best else [">against the best"])], lines)
-
-
-def picks_table(run: Run, one: Subnet, best: Subnet) -> str:
-    """A line a searched row, a column an argument; what the best has otherwise stands beside."""
-    arguments = list(dict.fromkeys(name.partition(".")[2] for name in run.choices))
-    lines = []
-    for row, names in run.rows.items():
-        by_argument = {name.partition(".")[2]: name for name in names}
-        cells = ""
-        for argument in arguments:
-            name = by_argument.get(argument, "")
-            pick, other = one.picks.get(name), best.picks.get(name)
-            same = escaped("" if pick is None else pick)
-            cells += (
-                f"<td>{same if pick == other else f'<mark>{same}</mark> <small>best: {escaped(other)}</small>'}</td>"
-            )
-        lines.append(f"<tr><td>{escaped(row)} {row_note(run, row)}</td>{cells}</tr>")
-    return table(["row", *arguments], lines)
-
-
-def strip(run: Run, one: Subnet, best: Subnet) -> str:
-    """The searched rows as boxes, for a model file that cannot be drawn here."""
-    found = ""
-    for row, names in run.rows.items():
-        other = any(one.picks.get(name) != best.picks.get(name) for name in names)
-        found += (
-            f"<div{css('other', other)}>row {escaped(row)}<b>{escaped(plots.row_picks(names, one.picks))}</b></div>"
-        )
-    return f'<div class="strip">{found}</div>'
 
 
 # ---- options and files

@@ -26,8 +26,9 @@ from models.parse import dump, parse
 from search.config import SearchConfig
 from search.costs import format_cost
 from search.plots import Frame, curves, escaped, row_picks, spanned, spread, tick_texts, ticks
-from search.report import UNDECIDED, kept_order, main, separation, write_report
+from search.report import UNDECIDED, kept_order, main, write_report
 from search.report_data import changed, decision_text, listed, read_run
+from search.report_latency import separation
 from search.space import SearchSpace
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ DEEPEST_YAML = 40  # levels of lists and mappings in such a file
 
 
 @contextmanager
-def atomically(path: str | Path) -> Iterator[Path]:
+def atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` (same ending) to write to; it takes the place of ``path`` if nothing failed."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)

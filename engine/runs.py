@@ -35,9 +35,8 @@ def new_run(project: str | Path, name: str, exist_ok: bool = False) -> Path:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes the unfinished checkpoints, tables and pictures of a run that was killed while it wrote them."""
-    for pattern in (".*.pt.*", ".*-????????.*"):  # of `models.checkpoint.save_checkpoint` and of `atomically`
-        for leftover in folder.rglob(pattern):
-            leftover.unlink(missing_ok=True)
+    for leftover in folder.rglob(".*-????????.*"):  # of `atomically`
+        leftover.unlink(missing_ok=True)
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

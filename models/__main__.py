@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from data.files import write_text
 from data.structures import PROGRAM, Fault, nearest, version
 from models import convert, diff, draw, show
 from models.cost import RowCost, network_costs
@@ -247,21 +247,8 @@ def _keep_input(output: Path, *inputs: str) -> None:
 def _write(output: Path, text: str, source: str) -> None:
     """The whole file or none of it, and never over the file that it was made from."""
     _keep_input(output, source)
-    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.stem}-", suffix=output.suffix)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        os.replace(temporary, output)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_text(output, text)
     print(f"{output}: written")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.files import atomically
 from data.structures import Fault
 from models.elastic import Cut, ElasticSequential, elastic_leaves
 from models.network import Network, build
@@ -68,18 +69,13 @@ def save_checkpoint(
         "training": dict(training) if training is not None else None,
         "plain": plain,
     }
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.touch()  # where that is forbidden, it says so better than torch does
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with atomically(path) as temporary:
+            torch.save(content, temporary)
     except RuntimeError as problem:
         if not any(words in str(problem) for words in CANNOT_WRITE):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Any:

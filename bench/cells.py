@@ -119,8 +119,8 @@ def guarded(work: Callable[[], int]) -> int:
     """The exit status of a bench: a Fault is told in its lines, and what Ctrl-C stopped goes on by the same command."""
     try:
         return work()
-    except Fault as fault:
-        print(fault, file=sys.stderr)
+    except (Fault, OSError) as problem:
+        print(problem, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.images < FEWEST:
         raise Fault(f"--images {options.images}: labels of fewer than {FEWEST} images are not cached; 2000 is right")
+    if options.repeats < 1:
+        raise Fault(f"--repeats {options.repeats}: must be at least 1")
     if not options.show:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"

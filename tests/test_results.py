@@ -136,6 +136,7 @@ MISSING = "train: images\nval: images\nnames: [circle]\npath: {folder}\n"
         ("import_ap", ["--weights", "gone.onnx", "--data", "{folder}/data.yaml"], "the folder {folder}/gone does not"),
         ("import_ap", ["--weights", "gone.onnx", "--data", "{folder}/none.yaml"], "none.yaml: there is no such file"),
         ("label_cache", ["--images", "499"], "--images 499: labels of fewer than 500 images are not cached"),
+        ("label_cache", ["--repeats", "0"], "--repeats 0: must be at least 1"),
         ("label_cache", ["--show", "--out", "{folder}/none.json"], "{folder}/none.json: No such file or directory"),
     ],
 )

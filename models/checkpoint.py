@@ -6,7 +6,7 @@ A file loads with ``weights_only=True`` and survives any rename of our classes, 
 from __future__ import annotations
 
 import difflib
-import errno
+import io
 import math
 import os
 import re
@@ -29,7 +29,6 @@ from models.parse import dump, parse_text
 from models.spec import ModelSpec
 
 FORMAT = "oneshot-yolo 1"
-CANNOT_WRITE = ("PytorchStreamWriter", "inline_container")  # in torch's own error about a full disk
 LARGEST_IMGSZ = 16_384  # pixels; what a file asks for is made room for
 TRANSFORM = re.compile(r"\.transforms\.\d+$")  # of `models.elastic.ElasticConv2d`
 CONTENT = {"yaml": str, "names": list, "imgsz": int, "state": dict, "training": dict | None, "plain": dict}
@@ -69,13 +68,25 @@ def save_checkpoint(
         "training": dict(training) if training is not None else None,
         "plain": plain,
     }
-    try:
-        with atomically(path) as temporary:
-            torch.save(content, temporary)
-    except RuntimeError as problem:
-        if not any(words in str(problem) for words in CANNOT_WRITE):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+    with atomically(path) as temporary, _Sink(temporary, "wb") as file:
+        torch.save(content, file)
+        if file.problem is not None:
+            raise OSError(file.problem.errno, file.problem.strerror, str(path)) from None
+
+
+class _Sink(io.FileIO):
+    """A file for torch, which has many words for a full disk: what went wrong is kept, and the rest not written."""
+
+    problem: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
+        try:
+            while len(left) and self.problem is None:
+                left = left[super().write(left) :]
+        except OSError as problem:
+            self.problem = problem
+        return len(data)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Any:

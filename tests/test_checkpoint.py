@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +91,30 @@ def test_weights_made_for_use_have_no_training_state(tmp_path):
     assert load_checkpoint(str(tmp_path / "a.pt")).training is None
 
 
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """``small_files(n)``: from now on no file of this process grows beyond n bytes."""
+    resource = pytest.importorskip("resource")
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.99, 0.9999])
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, small_files, share):
+    """Wherever the disk is full: torch has another word for it in the middle of a tensor and at the end of the file."""
     path = tmp_path / "last.pt"
     save_checkpoint(path, a_network(seed=1), NAMES, imgsz=32)
     before = path.read_bytes()
-
-    def full(content: Any, temporary: Path) -> None:
-        temporary.write_bytes(b"half a file")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    small_files(int(share * len(before)))
+    with pytest.raises(OSError, match="File too large") as problem:
         save_checkpoint(path, a_network(seed=2), NAMES, imgsz=32)
+    small_files(2 * len(before))
+    assert problem.value.errno == errno.EFBIG and problem.value.filename == str(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
+    save_checkpoint(path, a_network(seed=1), NAMES, imgsz=32)
+    assert path.read_bytes() == before
 
 
 # ---- files that are not ours

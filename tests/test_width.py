@@ -61,6 +61,7 @@ ROWS = {
     "BottleneckCSP2": f"[-1, {NUMBER}, BottleneckCSP2, [16, {{{WIDTH}, {MORE}}}]]",
     "MBottleneckCSP2": f"[-1, 2, MBottleneckCSP2, [16, {{{WIDTH}, per_bottleneck: true}}]]",
     "C3": f"[-1, {NUMBER}, C3, [16, {{{WIDTH}, {MORE}}}]]",
+    "C3Separable": f"[-1, {NUMBER}, C3Separable, [16, {{{WIDTH}, {MORE}}}]]",
     "C2": f"[-1, {NUMBER}, C2, [16, {{{WIDTH}, {MORE}}}]]",
     "C2f": f"[-1, {NUMBER}, C2f, [16, True, {{{WIDTH}, {MORE}}}]]",
     "C2f alone": f"[-1, 2, C2f, [16, {{{WIDTH}}}]]",
@@ -208,7 +209,7 @@ def test_the_tree_of_subnets_gives_what_each_gives_alone(images, calibration) ->
 # ---- gradients
 
 
-@pytest.mark.parametrize("name", ["BottleneckCSP", "BottleneckCSP2", "C3", "C2f", "C3k2", "MBConv"])
+@pytest.mark.parametrize("name", ["BottleneckCSP", "BottleneckCSP2", "C3", "C3Separable", "C2f", "C3k2", "MBConv"])
 def test_every_channel_gets_a_gradient_within_the_fair_windows_of_its_options(name: str) -> None:
     """Each weight of a channel, not only each tensor; and a step of a width moves nothing beyond it."""
     net, x = fresh(name), images_of()
@@ -256,7 +257,7 @@ def test_alpha_gradients_equal_central_differences_in_float64(name: str) -> None
     assert_slopes_are_differences(net, picks, loss, least=1e-7)
 
 
-@pytest.mark.parametrize("name", ["BottleneckCSP", "C3", "MBConv each"])
+@pytest.mark.parametrize("name", ["BottleneckCSP", "C3", "C3Separable", "MBConv each"])
 def test_a_mixture_that_is_certain_is_the_subnet(name: str) -> None:
     net = fresh(name, "merge").double()
     x = images_of(32, 2, torch.float64)
@@ -344,6 +345,7 @@ FILES = {  # subnets; the plain file whose network the first options are
     "yolov5n-search": (24**3 * 36 * 12**4, "yolov5n"),
     "yolov5s-search": (24**3 * 36 * 12**4, "yolov5s"),
     "yolov8n-search": (24**2 * 36**2 * 12**4, "yolov8n"),
+    "yolox-nano-search": (4**8 * 3**2 * 2**4, "yolox-nano"),
     "tiny-wide-search": (107_495_424, None),  # 72^4 * 2^2
 }
 
@@ -366,7 +368,7 @@ def test_the_command_prints_the_size_of_the_space(capsys: pytest.CaptureFixture[
     assert "107,495,424 subnets" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["yolov5n", "yolov8n"])
+@pytest.mark.parametrize("name", ["yolov5n", "yolov8n", "yolox-nano"])
 def test_weights_of_the_plain_network_are_a_start_whatever_is_wider_or_deeper(name: str) -> None:
     """The first options give what the plain network gives. Wider blocks do as well: what is added is not read yet."""
     torch.manual_seed(0)
@@ -377,13 +379,13 @@ def test_weights_of_the_plain_network_are_a_start_whatever_is_wider_or_deeper(na
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     net = Supernet(parse(CFG / f"{name}-search.yaml"), "shared").eval()
     _, missing = warm_start(net.network, plain.state_dict())
-    depths = {2: 1, 4: 2, 6: {"yolov5n": 3, "yolov8n": 2}[name], 8: 1}
+    depths = {2: 1, 4: 2, 6: 2 if name == "yolov8n" else 3, 8: 1}
     for key in missing:  # bottlenecks that the plain network does not have
         _, row, m, index, *_ = key.split(".")
         assert m == "m" and int(index) >= depths[int(row)], key
     x = images_of(64, 1)
     first = {choice.name: choice.options[0] for choice in net.spec.choices}
-    wider = {choice.name: 0.75 for choice in net.spec.choices if choice.name.endswith("expansion")}
+    wider = {choice.name: max(choice.options) for choice in net.spec.choices if choice.name.endswith("expansion")}
     larger = {choice.name: 5 for choice in net.spec.choices if choice.name.endswith("kernel")}
     with torch.no_grad():
         expected = plain(x)[0]

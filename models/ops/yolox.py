@@ -9,9 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.elastic import Channels
 from models.ops.conv import Conv
 from models.ops.csp import csp_shape, start_as_nothing
-from models.ops.primitives import DEFAULT, Act, Acts, Count, Fraction, Kernel, Kernels, Step, Width, each, repeat
+from models.ops.primitives import (
+    DEFAULT,
+    Act,
+    Acts,
+    Count,
+    Expansion,
+    Kernel,
+    Kernels,
+    Step,
+    Width,
+    each,
+    repeat,
+    scaled,
+)
 from models.registry import register_op
 
 
@@ -22,7 +36,15 @@ class SeparableConv(nn.Module):
     Shape: ``[N, c_in, H, W] -> [N, c_out, H // stride, W // stride]``
     """
 
-    def __init__(self, c_in: int, c_out: Width, kernel: Kernel = 3, stride: Step = 1, *, act: Act = DEFAULT) -> None:
+    def __init__(
+        self,
+        c_in: int | Channels,
+        c_out: Width | Channels,
+        kernel: Kernel = 3,
+        stride: Step = 1,
+        *,
+        act: Act = DEFAULT,
+    ) -> None:
         super().__init__()
         self.depthwise = Conv(c_in, c_in, kernel, stride, groups=c_in, act=act)
         self.pointwise = Conv(c_in, c_out, 1, act=act)
@@ -37,7 +59,7 @@ class SeparableBottleneck(nn.Module):
     Shape: ``[N, channels, H, W]``, unchanged.
     """
 
-    def __init__(self, channels: int, shortcut: bool, kernel: Kernel, act: Act) -> None:
+    def __init__(self, channels: int | Channels, shortcut: bool, kernel: Kernel, act: Act) -> None:
         super().__init__()
         self.cv1 = Conv(channels, channels, 1, act=act)
         self.cv2 = SeparableConv(channels, channels, kernel, act=act)
@@ -65,14 +87,14 @@ class C3Separable(nn.Module):
         c_out: Width,
         number: Count = 1,
         shortcut: bool = True,
-        expansion: Fraction = 0.5,
+        expansion: Expansion = 0.5,
         *,
         kernel: Kernels = 3,
         act: Acts = DEFAULT,
     ) -> None:
         super().__init__()
         first = each(act, 0)
-        hidden = int(c_out * expansion)
+        hidden = scaled(c_out, expansion)
         self.cv1 = Conv(c_in, hidden, 1, act=first)
         self.cv2 = Conv(c_in, hidden, 1, act=first)
         self.cv3 = Conv(2 * hidden, c_out, 1, act=first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,3 +46,17 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """``[..., 4]`` centre and size to corners."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat((centre - half, centre + half), dim=-1)
+
+
+def cells(height: int, width: int, like: Tensor) -> Tensor:
+    """Column and row of every cell of a map ``[H, W, 2]``, with the type and on the device of `like`."""
+    rows = torch.arange(height, device=like.device, dtype=like.dtype)
+    columns = torch.arange(width, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+
+
+def cells_of_levels(maps: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of maps ``[N, H, W, ...]``: column and row of every cell of all levels ``[P, 2]``, and its stride ``[P, 1]``."""
+    places = [cells(level.shape[1], level.shape[2], level).flatten(0, 1) for level in maps]
+    of_cells = [torch.full_like(place[:, :1], stride) for place, stride in zip(places, strides, strict=True)]
+    return torch.cat(places), torch.cat(of_cells)

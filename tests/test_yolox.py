@@ -14,6 +14,7 @@ from test_yolo_head import targets_of
 from torch import Tensor
 
 from data.structures import Targets
+from models.boxes import cells_of_levels
 from models.heads.yolox import BOX, MOST_CELLS, RADIUS, YOLOXHead, boxes_of, class_cost, flat, numbers_of
 from models.network import build
 from models.parse import parse, parse_text
@@ -75,7 +76,7 @@ def test_decode_gives_the_number_worked_out_by_hand():
 
 def test_the_numbers_of_a_box_give_it_again():
     head = a_head()
-    corners, strides = head.cells(logits())
+    corners, strides = cells_of_levels(logits(), head.strides)
     numbers = torch.randn(NUMBER, 4, dtype=torch.float64)
     boxes = boxes_of(numbers, corners, strides)
     torch.testing.assert_close(numbers_of(boxes, corners, strides), numbers, rtol=0, atol=1e-6)
@@ -165,7 +166,7 @@ def slow_assign(boxes: Tensor, said: Tensor, targets: Targets) -> dict[tuple[int
 
 
 def assigned(head: YOLOXHead, outputs: list[Tensor], targets: Targets) -> dict[tuple[int, int], tuple[int, float]]:
-    y, (corners, strides) = flat(outputs), head.cells(outputs)
+    y, (corners, strides) = flat(outputs), cells_of_levels(outputs, head.strides)
     boxes = boxes_of(y[..., :4], corners, strides)
     image, cell, truth, iou = head.assign(boxes, y[..., 4:], corners, strides, targets)
     keys = list(zip(image.tolist(), cell.tolist(), strict=True))
@@ -177,7 +178,7 @@ def assigned(head: YOLOXHead, outputs: list[Tensor], targets: Targets) -> dict[t
 @given(st.integers(0, 9), st.integers(0, 10_000), st.floats(0.1, 3))
 def test_assignment_is_that_of_slow_loops(count, seed, size):
     head, outputs, targets = a_head(), logits(seed=seed, size=size), drawn_targets(count, seed=seed)
-    corners, strides = head.cells(outputs)
+    corners, strides = cells_of_levels(outputs, head.strides)
     y = flat(outputs)
     expected = slow_assign(boxes_of(y[..., :4], corners, strides), y[..., 4:], targets)
     found = assigned(head, outputs, targets)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.structures import Targets
-from models.boxes import complete_iou
+from models.boxes import cells_of_levels, complete_iou
 from models.ops.conv import Conv
 from models.ops.merge import no_margin
 from models.ops.primitives import DEFAULT, PlainAct
@@ -163,14 +163,8 @@ class DFLDetect(nn.Module):
 
     def points(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The middle of every cell ``[P, 2]``, x y in pixels, and its stride ``[P, 1]``."""
-        points, strides = [], []
-        for level, stride in zip(outputs, self.strides, strict=True):
-            rows = torch.arange(level.shape[1], device=level.device, dtype=level.dtype)
-            columns = torch.arange(level.shape[2], device=level.device, dtype=level.dtype)
-            grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).flatten(0, 1)
-            points.append((grid + 0.5) * stride)
-            strides.append(torch.full_like(grid[:, :1], stride))
-        return torch.cat(points), torch.cat(strides)
+        places, strides = cells_of_levels(outputs, self.strides)
+        return (places + 0.5) * strides, strides
 
     def boxes(self, sides: Tensor, points: Tensor, strides: Tensor) -> Tensor:
         """Boxes ``[..., 4]`` of logits ``[..., 4, B]``: left, top, right and bottom of a point by a distance each.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.structures import Targets
-from models.boxes import cxcywh_to_xyxy, pairwise_iou
+from models.boxes import cells, cxcywh_to_xyxy, pairwise_iou
 from models.ops.conv import Conv
 from models.ops.merge import no_margin
 from models.ops.primitives import DEFAULT, PlainAct
@@ -172,12 +172,11 @@ class SSDHead(nn.Module):
         found = []
         for level, (y, stride) in enumerate(zip(outputs, self.strides, strict=True)):
             height, width = y.shape[2:4]
-            rows = torch.arange(height, device=y.device, dtype=y.dtype)
-            columns = torch.arange(width, device=y.device, dtype=y.dtype)
+            grid = cells(height, width, y)
             sizes_A2 = self.get_buffer(f"sizes_{level}").to(y.dtype)
             if not self.in_pixels:  # asked of tensors, since an exported file does not know its input's size
-                sizes_A2 = sizes_A2 * (torch.maximum(rows[-1], columns[-1]) + 1) * stride
-            centre = (torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1) + 0.5) * stride  # [H, W, 2]
+                sizes_A2 = sizes_A2 * (grid[-1, -1].max() + 1) * stride
+            centre = (grid + 0.5) * stride  # [H, W, 2]
             centre = centre.expand(len(sizes_A2), -1, -1, -1)
             sizes = sizes_A2[:, None, None].expand(-1, height, width, -1)
             found.append(torch.cat((centre, sizes), dim=-1).flatten(0, 2))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.structures import Targets
-from models.boxes import complete_iou, cxcywh_to_xyxy
+from models.boxes import cells, complete_iou, cxcywh_to_xyxy
 from models.ops.merge import no_margin
 from models.registry import Shape, register_op
 from models.spec import Anchors
@@ -91,10 +91,7 @@ class Detect(nn.Module):
         for level, (logits, stride) in enumerate(zip(outputs, self.strides, strict=True)):
             n, _, height, width, _ = logits.shape
             y = logits.sigmoid()
-            rows = torch.arange(height, device=y.device, dtype=y.dtype)
-            columns = torch.arange(width, device=y.device, dtype=y.dtype)
-            grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # [H, W, 2] as x y
-            centre = (y[..., :2] * 2 - 0.5 + grid) * stride
+            centre = (y[..., :2] * 2 - 0.5 + cells(height, width, y)) * stride
             size = (y[..., 2:4] * 2) ** 2 * self.anchors[level].to(y.dtype)[:, None, None]
             boxes.append(cxcywh_to_xyxy(torch.cat((centre, size), dim=-1)).reshape(n, -1, 4))
             scores.append((y[..., 4:5] * y[..., 5:]).reshape(n, -1, self.num_classes))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.structures import Targets
-from models.boxes import cxcywh_to_xyxy, pairwise_iou
+from models.boxes import cells_of_levels, cxcywh_to_xyxy, pairwise_iou
 from models.ops.conv import Conv
 from models.ops.merge import no_margin
 from models.ops.primitives import DEFAULT, PlainAct
@@ -92,19 +92,9 @@ class YOLOXHead(nn.Module):
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Boxes ``[N, P, 4]`` in pixels of the input and class scores ``[N, P, C]`` in [0, 1]."""
         y_NPK = flat(outputs)
-        corners_P2, strides_P1 = self.cells(outputs)
+        corners_P2, strides_P1 = cells_of_levels(outputs, self.strides)
         scores = y_NPK[..., 4:5].sigmoid() * y_NPK[..., 5:].sigmoid()
         return boxes_of(y_NPK[..., :4], corners_P2, strides_P1), scores
-
-    def cells(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Column and row of every cell ``[P, 2]`` and its stride ``[P, 1]``."""
-        corners, strides = [], []
-        for level, stride in zip(outputs, self.strides, strict=True):
-            rows = torch.arange(level.shape[1], device=level.device, dtype=level.dtype)
-            columns = torch.arange(level.shape[2], device=level.device, dtype=level.dtype)
-            corners.append(torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).flatten(0, 1))
-            strides.append(torch.full_like(corners[-1][:, :1], stride))
-        return torch.cat(corners), torch.cat(strides)
 
     def loss(self, outputs: Sequence[Tensor], targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch over the number of cells that answer for a truth, at least 1, and its parts.
@@ -113,7 +103,7 @@ class YOLOXHead(nn.Module):
         of objectness everywhere; where it is `calm`, the L1 distance of the four numbers as well, else 0.
         """
         y_NPK = flat(outputs)
-        corners_P2, strides_P1 = self.cells(outputs)
+        corners_P2, strides_P1 = cells_of_levels(outputs, self.strides)
         boxes_NP4 = boxes_of(y_NPK[..., :4], corners_P2, strides_P1)
         image, cell, found, iou_M = self.assign(boxes_NP4, y_NPK[..., 4:], corners_P2, strides_P1, targets)
         n = max(len(found), 1)

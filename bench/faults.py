@@ -508,7 +508,7 @@ def other_checkpoint(one: Strike) -> Outcome:
     last = one.folder / "last.pt"
     content = last.read_bytes()
     model = one.project / "other.yaml"
-    model.write_text((PLAIN if one.door == "train" else SPACE).replace("Conv, [8, 3, 2]", "Conv, [16, 3, 2]"))
+    model.write_text((PLAIN if one.door == "train" else SPACE).replace("Conv, [8, 3, 2]", "Conv, [4, 3, 2]"))
     made = run(one.door, [*one.place.command(one.door, one.project, "other"), "--cfg", str(model)])
     assert made.code == 0, made.err
     others = [one.project / "other" / "last.pt", one.place.folder / "detector.pt"]

@@ -449,7 +449,7 @@ def through(one: Strike) -> Outcome:
 
 def full(one: Strike) -> Outcome:
     """Room for a part of what the run writes; then there is room again."""
-    room = int(one.rng.uniform(0.02, 0.98) * one.whole.size)
+    room = int(one.rng.uniform(0.02, 2.0) * one.whole.size)  # on its way a run needs more than it leaves
     with small_disk(one.project, room) as (before, free):
         ended = one.begin(before=before)
         if ended.code == 0:

@@ -6,9 +6,12 @@ import ctypes
 import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from traceback import walk_tb
+from typing import Any
 
 import torch
 
@@ -32,7 +35,8 @@ def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., in
     @wraps(main)
     def safe(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv) or 0
+            with _half_started_threads_silent():
+                return main(argv) or 0
         except BrokenPipeError:  # the reader of our output left, as in `... | head`: nobody is there to be told
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the interpreter flushes it once more at its end
             return 141
@@ -53,6 +57,25 @@ def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., in
             return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
 
     return safe
+
+
+@contextmanager
+def _half_started_threads_silent() -> Iterator[None]:
+    """The death of a worker is raised wherever the main thread is just then. Where that is the start of a thread, the
+    thread finds itself on no list and dies with a traceback of its own, beside the one line that is told.
+    """
+    before = sys.unraisablehook
+
+    def hook(problem: Any) -> None:
+        frames = [frame.f_code.co_name for frame, _ in walk_tb(problem.exc_traceback)]
+        if problem.exc_type is not KeyError or frames[-1:] != ["_bootstrap_inner"]:
+            before(problem)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def told(problem: Fault | OSError) -> list[str]:

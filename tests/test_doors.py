@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import math
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +46,29 @@ def test_what_the_user_did_becomes_lines_and_a_code(
 ) -> None:
     assert raising(problem) == code
     assert capsys.readouterr().err == told
+
+
+def test_a_thread_that_dies_as_it_starts_is_silent_and_any_other_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python's threads begin: where a worker's death is raised in `Thread.start`, they end by a KeyError."""
+    names = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda problem: names.append(problem.object.__name__))
+
+    def _bootstrap_inner() -> None:
+        del {}["itself"]
+
+    def another() -> None:
+        del {}["itself"]
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        for thread in (_bootstrap_inner, another, _bootstrap_inner):
+            _thread.start_new_thread(thread, ())
+        while not names:
+            time.sleep(0.01)
+        time.sleep(0.1)
+
+    before = sys.unraisablehook
+    assert door(main)([]) == 0 and sys.unraisablehook is before
+    assert names == ["another"]
 
 
 def test_our_own_mistake_keeps_its_traceback() -> None:

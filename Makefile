@@ -19,11 +19,11 @@ DEMO_CFG            := cfg/models/tiny-search.yaml
 DEMO_IMGSZ          := 160
 DEMO_BUDGET         := macs=250M
 DEMO_SEARCH_EPOCHS  := 3
-DEMO_RETRAIN_EPOCHS := 11
+DEMO_RETRAIN_EPOCHS := 18
 DEMO_CANDIDATES     := 6
 # Without strong augmentation: a run of minutes sees every image a few times only.
-DEMO_RECIPE         := --batch-size 8 --lr0 0.003 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 \
-                       --hsv-h 0 --hsv-s 0 --hsv-v 0 --cls 2 --amp off
+DEMO_RECIPE         := --batch-size 4 --optimizer AdamW --lr0 0.004 --imgsz $(DEMO_IMGSZ) --mosaic 0 --scale 0.1 \
+                       --hsv-h 0 --hsv-s 0 --hsv-v 0 --cls 2.5 --amp off
 
 # Programs that benches are held against, each in its own place. make bench does without those that are not there.
 PEERS := runs/peers

@@ -6,12 +6,14 @@ gradients are averaged before a step; from equal weights and equal gradients, eq
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -62,6 +64,10 @@ def start(device_text: str) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # Its functions have for a default the group of the moment it is imported, and every optimizer imports it. A
+        # group that they hold outlives `finish`: its threads end some runs by SIGABRT while Python shuts down.
+        import_module("torch.distributed.nn")
+        atexit.register(finish)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(rank, size, device)
 
@@ -77,6 +83,7 @@ def check_shares(batch_size: int, world: World) -> None:
 def finish() -> None:
     """Leaves the group, where there is one, when all is done that needs several. From here on this process is alone,
     as if torchrun had not started it: what the first one goes on to do calls `start` and finds nobody to wait for.
+    A process that ends before, by a Fault for one, does this on its way out.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -38,7 +38,6 @@ from engine.config import (
 from engine.distributed import (
     broadcast,
     check_shares,
-    finish,
     gather_objects,
     moved,
     start,
@@ -500,5 +499,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         tune(config, config.tune)
     else:
         train(config)
-    finish()
     return 0

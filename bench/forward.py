@@ -193,7 +193,6 @@ def largest_difference(ours: Network, theirs: nn.Module, images: Tensor) -> floa
     return max(float((y - z).abs().max()) for y, z in zip(mine, other, strict=True)) / head_maximum(other)
 
 
-@torch.no_grad()
 def paired(ours: Callable, theirs: Callable, pairs: int, label: str, warmup: int = WARMUP) -> np.ndarray:
     """Milliseconds ``[pairs, 2, 2]``: ours and theirs, wall and CPU time."""
     rng = np.random.default_rng(0)
@@ -235,7 +234,8 @@ def measured(name: str, folder: Path, imgsz: int, pairs: int) -> dict[str, Any]:
         if not difference < ALLOWED_DIFFERENCE:
             raise Fault(f"{name}: logits differ by {difference:.1e} of the largest; these are two networks")
         for what in ("logits", "detect"):
-            times = paired(*forwards(ours, theirs, what, images), pairs, f"{name} {what}")
+            with torch.no_grad():
+                times = paired(*forwards(ours, theirs, what, images), pairs, f"{name} {what}")
             cells.append({"fused": fused, "what": what, "difference": difference, **summarized(times)})
     return {
         "model": name,

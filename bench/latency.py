@@ -34,20 +34,10 @@ from engine.latency import RUNTIMES, check_runtime  # noqa: E402
 from engine.runs import table, write_text  # noqa: E402
 from models.graph import normalize, resolve  # noqa: E402
 from models.parse import parse  # noqa: E402
-from search.latency import (  # noqa: E402
-    REGRESSION,
-    SEPARABLE,
-    TABLE,
-    WHOLE,
-    LatencyTable,
-    device_timer,
-    key_of,
-    of_rows,
-    of_subnets,
-    open_rows,
-    split,
-)
+from search.device_timer import device_timer  # noqa: E402
+from search.latency import REGRESSION, SEPARABLE, TABLE, LatencyTable  # noqa: E402
 from search.space import SearchSpace  # noqa: E402
+from search.tabulate import WHOLE, key_of, of_rows, of_subnets, open_rows, split  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 MODEL = ROOT / "cfg" / "models" / "tiny-search.yaml"

@@ -2,7 +2,7 @@
 
 The folder holds every open row with each of its options as an ONNX file, some whole subnets, and a script that times
 them without any of our code (`search/time_blocks.py`). All files share one file of weights. What comes back answers
-the same questions that `search.latency.tabulate` puts to this device, so the table is made and checked as one of here.
+the same questions that `search.tabulate` puts to this device, so the table is made and checked as one of here.
 """
 
 from __future__ import annotations
@@ -27,23 +27,10 @@ from engine.runs import write_text
 from engine.timing import CPU, Timing
 from models.cost import network_costs
 from models.graph import Graph, combinations, resolve
-from search.latency import (
-    MOST_ROWS,
-    SANE_MS,
-    UNIT,
-    Key,
-    LatencyTable,
-    Timed,
-    add_layers,
-    covering,
-    key_of,
-    open_rows,
-    parsed,
-    row_names,
-    split,
-    tabulate,
-)
+from search.device_timer import Timed, add_layers, covering, row_names
+from search.latency import SANE_MS, UNIT, Key, LatencyTable, parsed
 from search.space import Architecture, SearchSpace
+from search.tabulate import MOST_ROWS, key_of, open_rows, split, tabulate
 
 BLOCKS, SCRIPT, WEIGHTS, TIMINGS = "blocks.json", "time_blocks.py", "weights.bin", "timings.json"
 OUTSIDE = 1024  # bytes of a tensor, from which on it lies in the file of weights

@@ -37,10 +37,11 @@ from search import tango
 from search.blocks import check_device, export_blocks, foreign_table
 from search.config import SearchConfig
 from search.costs import CostTable, check_budgets, cost_tables, format_cost, parse_budget
+from search.device_timer import SECONDS
 from search.find import Found, Trial, calibrated, find, save_subnet, study_name
 from search.front import Judged, draw_front, front_table, on_front, write_front
 from search.judge import judging_of
-from search.latency import SECONDS, LatencyTable, latency_table, read_table, write_table
+from search.latency import LatencyTable, write_table
 from search.objective import check_form
 from search.optimise import importances
 from search.parts import split_train
@@ -50,6 +51,7 @@ from search.retrain import retrain, retrain_table, trained_on
 from search.sandwich import sizes
 from search.space import SearchSpace
 from search.storage import JOURNAL, Limits, Queue, check_address, close, create, open_storage
+from search.tabulate import latency_table, read_table
 from search.train import check_supernet, lengths, reopen, train_supernet, weight_batches
 from search.worker import ABOUT, help_judging
 

@@ -23,7 +23,7 @@ from models.parse import parse_text
 from search import blocks, latency
 from search.blocks import BLOCKS, SCRIPT, TIMINGS, WEIGHTS, check_device, export_blocks, foreign_table
 from search.costs import cost_tables
-from search.latency import row_names
+from search.device_timer import row_names
 from search.space import Architecture, SearchSpace
 
 TEXT = """

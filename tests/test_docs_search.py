@@ -15,10 +15,11 @@ from search.blocks import SCRIPT
 from search.config import SearchConfig
 from search.find import EVOLUTION, EXHAUSTIVE
 from search.front import SURE
-from search.latency import ALLOWED_ERROR, HELD_OUT, SEPARABLE
+from search.latency import ALLOWED_ERROR, SEPARABLE
 from search.objective import DUAL_RATE, ENTROPY, UNDECIDED
 from search.report import FILES
 from search.space import SearchSpace
+from search.tabulate import HELD_OUT
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "search.md").read_text()

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import engine.latency
 import engine.timing
-import search.latency
+import search.device_timer
+import search.tabulate
 from data.structures import Fault
 from engine.export import PACKAGES
 from engine.latency import check_runtime, device_name, image_of, measure_ms, onnx_runs, threads_used
@@ -24,26 +25,12 @@ from models.graph import combinations, normalize, resolve
 from models.network import Network
 from models.parse import parse_text
 from models.spec import Choice
+from search.additive import fit_additive
 from search.costs import CostTable, cost_tables
-from search.latency import (
-    Check,
-    Key,
-    LatencyTable,
-    Validation,
-    confirmed,
-    covering,
-    device_timer,
-    drawn,
-    fit_additive,
-    key_of,
-    latency_table,
-    open_rows,
-    parsed,
-    read_table,
-    tabulate,
-    write_table,
-)
+from search.device_timer import covering, device_timer
+from search.latency import Check, Key, LatencyTable, Validation, parsed, write_table
 from search.space import Architecture, SearchSpace
+from search.tabulate import confirmed, drawn, key_of, latency_table, open_rows, read_table, tabulate
 
 CPU = torch.device("cpu")
 SMALL = """
@@ -211,7 +198,7 @@ def test_a_subnet_of_shared_rows_is_the_subnet(small, monkeypatch):
             counted.append(counter.get_total_flops() // 2)
         return [Timing(float(macs), 0.0, 1) for macs in counted[-len(runs) :]]
 
-    monkeypatch.setattr(search.latency, "interleaved", count)
+    monkeypatch.setattr(search.device_timer, "interleaved", count)
     space, macs = SearchSpace.of(small.spec), cost_tables(small, 32)["macs"]
     subnets = [space.at(number) for number in range(space.size)]
     blocks = [(node.index, picks) for node in small.nodes if node.choices for picks in combinations(node.choices)]
@@ -338,7 +325,7 @@ def test_what_a_search_prints_has_units_and_the_repetition_beside_it():
 
 
 def test_a_space_of_too_many_rows_starts_with_the_regression(monkeypatch):
-    monkeypatch.setattr(search.latency, "MOST_ROWS", 12)
+    monkeypatch.setattr(search.tabulate, "MOST_ROWS", 12)
     asked = []
     table = tabulate(SPACE, ROWS, made_up(TRUTH.of, asked=asked), KEY)
     assert table.kind == "regression" and table.usable and asked == [(0, 48 + 2 * 24)]
@@ -521,7 +508,7 @@ def test_the_table_of_this_device_is_checked_against_its_clock(small, tmp_path, 
     timed = lambda rows, subnets: ([Timing(1.0, 0.0, 10)] * len(rows), [Timing(9.0, 0.0, 10)] * len(subnets))  # noqa: E731
     table = tabulate(space, open_rows(small), timed, key)
     write_table(tmp_path / "latency.json", table)
-    monkeypatch.setattr(search.latency, "device_timer", lambda *_, **__: timed)
+    monkeypatch.setattr(search.tabulate, "device_timer", lambda *_, **__: timed)
     assert read_table(tmp_path / "latency.json", small, 32, device=CPU) == table
     with pytest.raises(Fault, match="imgsz 32, wanted 64"):
         read_table(tmp_path / "latency.json", small, 64, device=CPU)

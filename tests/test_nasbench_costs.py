@@ -18,8 +18,10 @@ import pytest
 from data.structures import Fault
 from engine.timing import Timing
 from models.spec import Choice
-from search.latency import Check, Key, Validation, confirmed, fit_additive
+from search.additive import fit_additive
+from search.latency import Check, Key, Validation
 from search.space import Architecture, SearchSpace
+from search.tabulate import confirmed
 
 TABLES = Path(__file__).resolve().parents[2] / "shared" / "nasbench"
 TARGETS = ("latency_zcu102", "latency_vck190", "throughput_a100", "throughput_3090")

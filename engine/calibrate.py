@@ -37,6 +37,8 @@ def calibrate_by(
     sums: dict[_BatchNorm, Tensor] = {}  # [1 + 2 * channels]: number of values a channel, their sum, that of squares
 
     def collect(norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not norm.training:  # an op kept it from a batch of a single value
+            return
         count = inputs[0].numel() / inputs[0].shape[1]
         assert norm.running_mean is not None and norm.running_var is not None
         mean = norm.running_mean.double()  # momentum 1: just this batch

@@ -248,7 +248,9 @@ def seen_part(letterbox: Letterbox, size: Sequence[int]) -> tuple[tuple[int, int
     whole = np.array([0, 0, letterbox.width, letterbox.height], dtype=np.float32)
     inside = letterbox.to_network(whole).clip(0, [size[1], size[0]] * 2)
     x1, y1, x2, y2 = letterbox.to_original(inside[None])[0].round().astype(int).tolist()
-    return (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)), inside.round().astype(int)
+    inside = inside.round().astype(int)
+    inside[2:] = np.maximum(inside[2:], inside[:2] + 1)
+    return (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)), inside
 
 
 def explain_picture(
@@ -329,6 +331,8 @@ def check_options(options: Namespace) -> None:
                 raise Fault(f"--{name}: needs a data set; give --data in place of --source")
         if options.target == "true":
             raise Fault("--target true: the truth is known of a data set; give --data in place of --source")
+    elif options.target == "true" and not options.metrics and options.select is None:
+        raise Fault("--target true: is for --metrics and --select; pictures show what the network says")
     if options.select is not None and options.level != ["all"]:
         raise Fault("--select chooses among all levels; leave --level out")
     if options.select is not None and options.method == "branch":
@@ -392,7 +396,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="default: gradcam, for pictures of a detector layercam; branch: the maps of attention branches",
     )
     parser.add_argument("--class", dest="label", metavar="CLASS", help="explain this class, whatever the network says")
-    parser.add_argument("--classes", nargs="+", help="only images or objects of these classes, by name or number")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        help="only images or objects of these classes, by name or number; --compare: by name",
+    )
     parser.add_argument(
         "--target", choices=TARGETS, help="default: predicted; a detector is measured on the true boxes"
     )
@@ -470,6 +478,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "target": question.target,
                 "class": None if question.label is None else model.names[question.label],
                 "steps": question.steps,
+                "top": question.top,
+                "conf_thres": question.conf,
                 "imgsz": model.imgsz,
             },
         )

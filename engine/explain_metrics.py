@@ -447,7 +447,8 @@ def read_metrics(path: str | Path) -> Explained:
     return read
 
 
-ALIKE = ("data", "split", "space", "target", "class")  # what has to be the same where two files are compared
+# What has to be the same where two files are compared.
+ALIKE = ("data", "split", "space", "target", "class", "steps", "top", "conf_thres")
 
 
 def compare(one: Path, other: Path, classes: Sequence[str] | None = None) -> str:

@@ -152,7 +152,7 @@ def _model(path: Path) -> Any:
     try:
         onnx = importlib.import_module("onnx")
     except ImportError:
-        raise Fault(f"{path}: reading ONNX files needs: pip install 'oneshot-yolo[export]'") from None
+        raise Fault(f"{path}: reading ONNX files needs: pip install -e '.[export]'") from None
     try:
         return onnx.load(str(path), load_external_data=False)  # no other file is opened, whatever this one names
     except Exception as problem:  # protobuf's DecodeError, which has moved between its versions

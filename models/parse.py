@@ -49,7 +49,7 @@ TOP_KEYS = (
 )
 ROW_KEYS = ("name", "from", "number", "op", "args")
 
-# The seed's searchable block: complete BottleneckCSP2 candidates, {3x3, 5x5} x {ReLU, LeakyReLU, Mish}.
+# The searchable block of ML-TANGO: complete BottleneckCSP2 candidates, {3x3, 5x5} x {ReLU, LeakyReLU, Mish}.
 SHORTHANDS: Mapping[str, tuple[str, Mapping[str, tuple[Any, ...]]]] = {
     "MBottleneckCSP2": ("BottleneckCSP2", {"kernel": (3, 5), "act": ("relu", "leaky", "mish")}),
 }

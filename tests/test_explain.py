@@ -14,9 +14,9 @@ from torch import nn
 
 from data.config import read_data_spec
 from data.readers import read_split
-from data.structures import Detections, Fault
+from data.structures import Detections, Fault, Letterbox
 from engine import explain
-from engine.explain import Question, heat_of, levels_of, measure
+from engine.explain import Question, heat_of, levels_of, measure, seen_part
 from engine.explain_metrics import (
     CONTROLS,
     Explained,
@@ -101,6 +101,8 @@ head:
 HEADS = {
     "Detect": DETECTOR.format(anchors="[[10, 13, 16, 30], [30, 61, 62, 45]]", head="Detect", more=", anchors"),
     "DFLDetect": DETECTOR.format(anchors="3", head="DFLDetect", more=""),
+    "v10Detect": DETECTOR.format(anchors="3", head="v10Detect", more=""),
+    "YOLOXHead": DETECTOR.format(anchors="3", head="YOLOXHead", more=""),
     "SSDHead": DETECTOR.format(anchors="3", head="SSDHead", more=""),
 }
 
@@ -424,6 +426,9 @@ def test_what_cannot_be_compared_is_a_fault(tmp_path):
     write_metrics(c, an_explained(["y"], [1], space="pixel"))
     with pytest.raises(Fault, match=r"^space: 'pixel' in .*a.json, 'norm' in .*b.json; measure both alike$"):
         compare(a, b)
+    write_metrics(b, an_explained(["x"], [1], space="pixel", steps=20))
+    with pytest.raises(Fault, match=r"^steps: None in .*a.json, 20 in .*b.json; measure both alike$"):
+        compare(a, b)
     with pytest.raises(Fault, match="have no image in common; nothing can be compared"):
         compare(a, c)
     with pytest.raises(Fault, match="^--classes b: no decision is for it$"):
@@ -446,6 +451,12 @@ def test_heat_colours_what_is_hot_and_leaves_the_rest_grey():
     seen = overlay(picture, heat).astype(int)
     cold, hot = seen[0, 0], seen[0, 7]
     assert np.ptp(cold) < 50 and hot[0] > hot[2] + 60 and (overlay(picture, heat * 0) == seen[0, 0]).all()
+
+
+def test_a_very_thin_picture_has_a_row_of_the_input():
+    letterbox = Letterbox(4000, 3, 0.16, 0, 15)
+    (x1, y1, x2, y2), inside = seen_part(letterbox, (32, 640))
+    assert (x1, x2, y2 - y1 >= 1) == (0, 4000, True) and inside[3] > inside[1]
 
 
 def test_a_picture_has_a_tile_a_level_and_a_row_a_decision():
@@ -546,6 +557,7 @@ def test_select_puts_branches_on_the_weakest_level(folder, capsys):
         ("--source images", "--weights: a checkpoint is needed, or --compare with two metrics.json"),
         ("--weights c.pt", "give --source (images) or --data (a data set's YAML), one of them"),
         ("--weights c.pt --source images --metrics", "--metrics: needs a data set; give --data in place of --source"),
+        ("--weights c.pt --data c.yaml --target true", "--target true: is for --metrics and --select; pictures show"),
         ("--weights c.pt --source images --method branch", "--method branch: c.pt[yaml] has no attention branch"),
         ("--weights c.pt --source images --class d", "--classes d: no such class; there are: a, b, c"),
         ("--weights c.pt --data c.yaml --metrics --level P9", "--level P9: the levels are 0 P2, 1 P3, or all"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import models.ops.primitives as primitives
 from data.structures import Fault
 from models.elastic import plain_state
+from models.fuse import fuse
 from models.graph import Graph, combinations, normalize, resolve
 from models.network import SUPERNETS, Network, build
 from models.parse import parse_text
@@ -324,6 +325,33 @@ def test_declared_shape_is_the_real_shape(row):
         assert (shape.margin == 0) == (row not in EVENED)
 
 
+WITH_KERNEL = [row for name, rows in EXAMPLES.items() if "kernel" in OPS[name].signature.parameters for row in rows]
+
+
+@pytest.mark.parametrize("kernel", [2, 4])
+@pytest.mark.parametrize("row", WITH_KERNEL)
+def test_an_even_kernel_has_the_declared_shape_and_folds_or_is_told(row, kernel):
+    spec = spec_with(row)
+    node = resolve(spec).nodes[ROW]
+    given = dict(node.op.signature.bind(*node.layer.args, **node.layer.kwargs).arguments) | {"kernel": kernel}
+    for stride in (1, 2) if "stride" in node.op.signature.parameters else (None,):
+        kwargs = given if stride is None else given | {"stride": stride}
+        layer = replace(node.layer, repeats=2 if "number" in node.op.parameters else 1, args=(), kwargs=kwargs)
+        try:
+            graph = resolve(replace(spec, layers=(*spec.layers[:ROW], layer, *spec.layers[ROW + 1 :])))
+        except Fault:
+            continue
+        torch.manual_seed(0)
+        network, images = Network(graph).eval(), torch.rand(1, 3, 64, 96)
+        scramble(network)
+        with torch.no_grad():
+            y = network.run(range(ROW + 1), {-1: images})[0][ROW]
+            folded = fuse(network).run(range(ROW + 1), {-1: images})[0][ROW]
+        shape = graph.nodes[ROW].output
+        assert y.shape[2:] == (64 // shape.stride + shape.margin, 96 // shape.stride + shape.margin)
+        assert torch.allclose(folded, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+
+
 @pytest.mark.parametrize("supernet", SUPERNETS)
 @pytest.mark.parametrize("row", OPEN)
 def test_every_option_is_the_plain_op_with_the_same_weights(row, supernet):
@@ -468,6 +496,10 @@ def test_the_activation_after_a_concatenation_may_be_another():
         ("[-1, 1, nn.MaxPool2d, [2, 2, 2]]", "padding 2 is more than half of the pool's size 2"),
         ("[-1, 1, nn.ZeroPad2d, [[1, 1, 0, 1]]]", "adds 2 columns but 1 rows; both have to be the same"),
         ("[-1, 1, SPPF, [8, 4]]", "pool=4 should be an odd number"),
+        ("[-1, 1, A2C2f, [64, True, 1, False, 0.01]]", "mlp_ratio 0.01 of 32 leaves no channel"),
+        ("[-1, 2, CABlock, [16, 4, 2]]", "kernel 4, stride 1 and padding 1 do not keep"),
+        ("[-1, 1, AConv, [16, {kernel: 4}]]", "kernel 4, stride 1 and padding 1 do not keep"),
+        ("[-1, 1, RepConv, [16, 4, 2]]", "kernel 4, stride 1 and padding 1 do not keep"),
         ("[-1, 1, Conv, [8, 2, 1, None, 1, {dilation: 3}]]", "kernel 4, stride 1 and padding 1 do not keep"),
     ],
 )

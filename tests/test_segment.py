@@ -26,6 +26,7 @@ from data.config import read_data_spec
 from data.images import read_image
 from data.masks import read_ids
 from data.structures import VOID, Fault, LabelMap, Sample, Targets
+from engine.calibrate import calibrate_by
 from engine.config import TrainConfig, train_config
 from engine.draw import class_color, draw_label_map, grid, wide_places
 from engine.infer import load
@@ -112,6 +113,18 @@ def test_one_image_alone_is_no_batch_for_the_norm_of_its_mean() -> None:
     assert pyramid.pool.training and pyramid.pool.bn.training
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         pyramid.pool(x[:1].mean((2, 3), keepdim=True))
+
+
+def test_calibration_reaches_the_norm_of_the_images_mean() -> None:
+    """Three images, in batches of two and one: the last has no variance, and says nothing of this norm."""
+    torch.manual_seed(0)
+    pyramid, x = ASPP(6, 4, (1,), dropout=0.0).eval(), torch.randn(3, 6, 4, 4)
+    norm = pyramid.pool.bn
+    calibrate_by(pyramid, pyramid, [x[:2], x[2:]])
+    seen = pyramid.pool.conv(x[:2].mean((2, 3), keepdim=True))  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)))  # type: ignore[union-attr]
+    torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)))  # type: ignore[union-attr]
+    assert not norm.training  # type: ignore[union-attr]
 
 
 def head_of(classes: int = 3, **options: Any) -> Any:

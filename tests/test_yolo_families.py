@@ -229,12 +229,12 @@ def test_at_most_one_point_answers_for_a_box_in_the_head_that_is_decoded():
 
 def test_the_head_that_is_decoded_trains_nothing_below_it_and_is_left_by_fusion():
     torch.manual_seed(0)
-    network = build(parse_text(f"{FRONT}  - [[0, 1], 1, v10Detect, [nc, 4]]\n")).eval()
+    network = build(parse_text(f"{FRONT}  - [[0, 1], 1, v10Detect, [nc, 4]]\n"))
     outputs, _ = network(torch.rand(1, 3, 64, 64))
     sum(level.square().mean() for level in outputs[2:]).backward()
     assert all(parameter.grad is None for layer in network.layers[:-1] for parameter in layer.parameters())
     assert all(p.grad is None for part in (network.head.cv2, network.head.cv3) for p in part.parameters())
-    scramble(network)
+    scramble(network.eval())
     fused, x = fuse(network), torch.rand(1, 3, 64, 64)
     assert len(fused(x)[0]) == 2 and not hasattr(fused.head, "cv2") and hasattr(network.head, "cv2")
     for ours, theirs in zip(fused.predict(x), network.predict(x), strict=True):

@@ -80,6 +80,14 @@ def test_forward_puts_anchors_and_numbers_where_decode_looks_for_them():
                 assert torch.equal(y[:, anchor, ..., number], raw[:, anchor * 8 + number])
 
 
+def test_the_score_of_the_only_class_is_the_objectness():
+    torch.manual_seed(0)
+    head = Detect([Shape(8, 8), Shape(8, 16)], 1, ((10, 13, 16, 30), (30, 61, 62, 45)))
+    outputs = head([torch.randn(2, 8, 8, 8), torch.randn(2, 8, 4, 4)])
+    objectness = torch.cat([y[..., 4:5].sigmoid().reshape(2, -1, 1) for y in outputs], dim=1)
+    torch.testing.assert_close(head.decode(outputs)[1], objectness, rtol=1e-3, atol=0)
+
+
 def test_a_new_head_expects_few_objects():
     """Within 0.5 = 1 / sqrt(4), from where torch draws the bias of a convolution with 4 inputs."""
     bias = a_head().m[0].bias.detach().view(2, 8)

@@ -345,7 +345,7 @@ class V10Detect(DFLDetect):
         self.one2one_cv2, self.one2one_cv3 = deepcopy(self.cv2), deepcopy(self.cv3)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        one = answer([x.detach() for x in maps], self.one2one_cv2, self.one2one_cv3)
+        one = answer([x.detach() if self.training else x for x in maps], self.one2one_cv2, self.one2one_cv3)
         many = answer(maps, self.cv2, self.cv3) if hasattr(self, "cv2") else []
         return [*many, *one]
 

@@ -30,6 +30,7 @@ BOX, OBJECTNESS, CLASS = 0.05, 1.0, 0.5  # gains of yolov5, meant for 3 levels, 
 FEWEST_CLASSES = 4  # the class loss of fewer weighs as much as theirs
 BALANCE = {3: (4.0, 1.0, 0.4)}  # objectness weight of a level, finest first; its cells are many and mostly empty
 BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
+SURE = 10.0  # logit of the class where there is one: its loss has nothing to train, and the score is the objectness
 AUXILIARY = 0.25  # what the set of maps counts in YOLOv7's loss that is there for training alone
 SPREAD = 0.02  # of what a head knows without looking, at the start
 
@@ -37,6 +38,8 @@ SPREAD = 0.02  # of what a head knows without looking, at the start
 def detect_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
     anchors = args["anchors"]
     no_margin(inputs)
+    if len(inputs) > len(BALANCE_OTHER):
+        raise ValueError(f"the head reads {len(inputs)} levels; its loss has weights for {len(BALANCE_OTHER)} at most")
     if not isinstance(anchors, int) and len(anchors) != len(inputs):
         raise ValueError(f"anchors are given for {len(anchors)} levels, but the head reads {len(inputs)}")
     return Shape(0, inputs[0].stride, "maps")
@@ -74,7 +77,7 @@ class Detect(nn.Module):
             with torch.no_grad():  # start near the truth: about 8 objects in an image of 640 pixels, 0.6 of a class
                 bias = layer.bias.view(self.num_anchors, -1)
                 bias[:, 4] += math.log(8 / (640 / shape.stride) ** 2)
-                bias[:, 5:] += math.log(0.6 / max(self.num_classes - 0.99, 0.6))
+                bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99)) if self.num_classes > 1 else SURE
         return nn.ModuleList(layers)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:

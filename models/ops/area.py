@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.structures import Fault
 from models.ops.c3k2 import C3k, halves_shape
 from models.ops.conv import Conv
 from models.ops.csp import hidden_channels
@@ -38,7 +39,7 @@ class AreaAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
         if height * width % self.area:
-            raise ValueError(f"area {self.area} does not divide a map of {height} x {width} cells; use a larger image")
+            raise Fault(f"area {self.area} does not divide a map of {height} x {width} cells; use another image size")
         cells = height * width // self.area
         # heads hold their q, k and v behind each other, as published weights do
         parts = self.qkv(x).view(n, self.heads, 3 * HEAD, self.area, cells).permute(0, 3, 1, 2, 4)
@@ -76,6 +77,8 @@ def a2c2f_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
         raise ValueError(f"attention heads have {HEAD} channels, which do not divide its {hidden} inner channels")
     if args["area"] < 1:
         raise ValueError(f"area is in how many strips a map is cut, 1 or more; got {args['area']}")
+    if int(hidden * args["mlp_ratio"]) < 1:
+        raise ValueError(f"mlp_ratio {args['mlp_ratio']} of {hidden} leaves no channel")
     if args["residual"] and args["c_out"] != inputs[0].channels:
         raise ValueError(f"residual keeps the channels, so c_out is {inputs[0].channels}, not {args['c_out']}")
     return shape

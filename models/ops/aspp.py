@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.ops.conv import Conv
 from models.ops.primitives import DEFAULT, Act, Dropout, Eps, Step, Width
@@ -62,8 +63,10 @@ class ASPP(nn.Module):
 
         The one value that a single image has is no batch to be normed by: the running statistics do it, and stay.
         """
-        alone = self.training and len(x) == 1
-        self.pool.train(self.training and not alone)
+        alone = [m for m in self.pool.modules() if isinstance(m, _BatchNorm) and m.training and len(x) == 1]
+        for one in alone:
+            one.eval()
         y: Tensor = self.pool(x.mean(dim=(2, 3), keepdim=True))
-        self.pool.train(self.training)
+        for one in alone:
+            one.train()
         return y

@@ -7,6 +7,7 @@ the nearest public relative: MobileNetV2 (arXiv 1801.04381) for the inverted bot
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ from models.ops.primitives import (
     norm,
     repeat,
 )
-from models.registry import register_op
+from models.registry import Shape, one_to_one, register_op
 from models.spec import Choice
 
 
@@ -191,7 +192,12 @@ class AttentionBottleneck(nn.Module):
         return x + o if self.add else o
 
 
-@register_op()
+def ca_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
+    one_to_one(inputs, {"kernel": args["kernel"]})  # of the blocks at stride 1; an odd kernel fits any stride
+    return one_to_one(inputs, args)
+
+
+@register_op(infer=ca_shape)
 class CABlock(nn.Module):
     """`number` bottlenecks with attention (`AttentionBottleneck`); the first has the `stride` and changes channels.
 

@@ -46,8 +46,9 @@ Beside = Annotated[PlainKernel, AfterValidator(_odd)]
 
 
 def rep_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
-    if args.get("beside", 1) > args.get("kernel", 3):
+    if args["beside"] > args["kernel"]:
         raise ValueError(f"the kernel beside, {args['beside']}, is larger than the kernel {args['kernel']}")
+    one_to_one(inputs, {"kernel": args["kernel"]})  # an even one has no middle for those beside it
     return one_to_one(inputs, args)
 
 
@@ -145,7 +146,8 @@ class RepC3(nn.Module):
 
 
 def halved(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
-    """Of a block whose stride is always 2."""
+    """Of a block whose stride is always 2, and whose other maps have the size that an odd kernel gives."""
+    one_to_one(inputs, {"kernel": args.get("kernel", 3)})
     return one_to_one(inputs, {**args, "kernel": args.get("kernel", 3), "stride": 2})
 
 

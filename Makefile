@@ -93,7 +93,7 @@ peers: $(INSTALLED)  ## the programs that benches are held against, into runs/pe
 	@mkdir -p $(PEERS)
 	@[ -x $(PEERS_PYTHON) ] || $(PY) -m venv $(PEERS)/python
 	@$(PEERS_PYTHON) -m pip install -q -c constraints.txt -r bench/peers.txt \
-	    && $(PEERS_PYTHON) -m pip install -q --no-deps ultralytics==8.4.190 \
+	    && $(PEERS_PYTHON) -m pip install -q --no-deps ultralytics==8.4.190 'setuptools<81' \
 	    || { rm -rf $(PEERS)/python; echo "peers: packages could not be installed; is there a network?"; }
 	@[ -d $(PEERS)/yolov5 ] || git clone -q --depth 1 --branch v7.0 \
 	    https://github.com/ultralytics/yolov5 $(PEERS)/yolov5 || echo "peers: yolov5 could not be cloned"

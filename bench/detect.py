@@ -12,11 +12,10 @@ frames per CPU second, the median over the rounds with the 95 % interval of a bo
 are counted: within 2 % they do the same work.
 
 yolov5 pads a video to a rectangle (272x640 to 288x640) with torch but to a square with onnxruntime; its `onnx` row is
-of a file exported for just that rectangle, the best it can do. `--peer-python` is the interpreter of an environment of
-its own: torch, opencv-python-headless, onnx, onnxruntime, pandas, matplotlib, seaborn, scipy, requests, psutil,
-gitpython, and ultralytics without its dependencies. torchvision, whose compiled part fails beside another build of
-torch, is replaced there by a stand-in with OpenCV's suppression. Exits with 1 where ours / yolov5's with torch is under
-1.0 with torch, or under 1.4 with onnxruntime, in either column of CPU time.
+of a file exported for just that rectangle, the best it can do. `--peer-python` is the interpreter of the environment
+that `make peers` makes. torchvision, whose compiled part fails beside another build of torch, is replaced there by a
+stand-in with OpenCV's suppression. Exits with 1 where ours / yolov5's with torch is under 1.0 with torch, or under 1.4
+with onnxruntime, in either column of CPU time.
 """
 
 from __future__ import annotations
@@ -176,6 +175,7 @@ def rectangle(video: Path) -> tuple[int, int]:
 def run(command: Sequence[Any], folder: Path, path: Path | None = None, cores: Sequence[int] = ()) -> str:
     """What a command says. Raises a Fault with its last lines where it fails."""
     environment = os.environ | {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLOv5_AUTOINSTALL": "false"}
+    environment |= {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}  # yolov5 unpickles its networks; the file is made above
     environment |= {"PYTHONPATH": str(path), "YOLO_CONFIG_DIR": str(path)} if path else {}
     done = subprocess.run(
         list(map(str, command)),

@@ -108,7 +108,7 @@ def pycocotools_stats(frame: dict[str, Any], rows: list[dict[str, Any]]) -> np.n
 
 def measured(images: int, pairs: int) -> dict[str, Any]:
     if find_spec("faster_coco_eval") is None:
-        raise Fault("faster-coco-eval is not installed; pip install 'oneshot-yolo[fast]'")
+        raise Fault("faster-coco-eval is not installed; pip install -e '.[fast]'")
     truths, detections = drawn(images)
     names = [f"class {label}" for label in range(CLASSES)]
     frame, rows = as_json(truths, detections)

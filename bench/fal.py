@@ -1,4 +1,4 @@
-"""Do low levels explain worse, and do attention branches on them help? What do they cost? docs/fal.md asks.
+"""Do fine levels explain worse, and do attention branches on them help? What do they cost? docs/fal.md asks.
 
 python bench/fal.py --ucmerced ~/ucmerced                # trains what is missing and prints the tables
 python bench/fal.py --ucmerced ~/ucmerced --plan         # measures an epoch, says how long all of it takes

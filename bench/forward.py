@@ -250,7 +250,7 @@ def measured(name: str, folder: Path, imgsz: int, pairs: int) -> dict[str, Any]:
 
 
 def shown(results: Sequence[dict[str, Any]]) -> str:
-    header = ("model", "fused", "what", "pairs", "clock", "ours ms", "theirs ms", "ratio", "95 %", "threads")
+    header = ("model", "fused", "what", "pairs", "clock", "ours ms", "theirs ms", "ours / theirs", "95 %", "threads")
     rows = []
     for result in results:
         for cell in result["cells"]:

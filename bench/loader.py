@@ -305,7 +305,7 @@ def shown(cells: Sequence[dict[str, Any]]) -> str:
     sys.path.insert(0, str(ROOT))
     from engine.runs import table
 
-    header = ("images", "workers", "cache", "clock", *CONTESTANTS, "ratio", "95 %", "decoded", "rounds")
+    header = ("images", "workers", "cache", "clock", *CONTESTANTS, "times as fast", "95 %", "decoded", "rounds")
     rows = []
     for cell in cells:
         rounds = cell["rounds"]

@@ -5,11 +5,11 @@ python bench/pays.py --bccd ~/BCCD --fruit ~/fruit --plan    # measures an epoch
 python bench/pays.py --bccd ~/BCCD --cells kernel-act-found-0 kernel-act-random3-0
 python bench/pays.py --show                                  # what was measured
 
-Three spaces over cfg/models/tiny.yaml: `kernel-act` has kernel and activation of four neck blocks (the seed's 1,296
-subnets), `depth` has their depth as well, and `width` also that and the width of six (cfg/models/tiny-wide-search.yaml,
-some 10^8). All three are searched on BCCD, `depth` also on fruit (`fruit-depth`), whose training photos are divided:
-four fifths are trained on, a fifth are the validation images, its test photos are judged on. The budget is the median
-of the multiply-adds of random subnets of a space.
+Three spaces over cfg/models/tiny.yaml: `kernel-act` has kernel and activation of four neck blocks (the 1,296 subnets
+of tiny-seed-search.yaml), `depth` has their depth as well, and `width` also that and the width of six
+(tiny-wide-search.yaml, some 10^8). All three are searched on BCCD, `depth` also on fruit (`fruit-depth`), whose
+training photos are divided: four fifths are trained on, a fifth are the validation images, its test photos are judged
+on. The budget is the median of the multiply-adds of random subnets of a space.
 
 - `found`: the best subnet of a search with that budget, one search for each seed;
 - `random0` to `random7`: subnets drawn evenly from those that need 97 to 100 % of the budget, the same for each seed;

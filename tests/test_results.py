@@ -150,6 +150,32 @@ def test_what_a_bench_cannot_measure_is_one_line(name, options, told, tmp_path, 
     assert left.value.code == 2 and told.format(folder=tmp_path) in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "label_cache --images 500 --repeats 1 --out {folder}/label_cache.json",
+        "nms --cells objects-1000 --pairs 1 --out {folder}",
+        "evaluate --images 20 --pairs 1 --out {folder}",
+        "memory_format --models tiny --imgsz 64 --batch-size 1 --pairs 1 --threads 1 --out {folder}",
+        "masked --low 0.9 --imgsz 128 --rounds 1 --threads 1 --out {folder}",
+        "step_cost --models tiny-search --cells shared --imgsz 64 --batch-size 4 --pairs 1 --threads 1 --out {folder}",
+    ],
+)
+def test_what_make_bench_runs_without_peers_runs_at_its_smallest(command, tmp_path, monkeypatch, capsys):
+    name, *options = command.format(folder=tmp_path).split()
+    assert name in {quick.bench for quick in QUICK}
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])  # as for a script, which adds to it, too
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / "bench" / f"{name}.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    assert left.value.code in (0, 1), capsys.readouterr().err  # 1 where one run was not as fast as is asked
+    assert list(tmp_path.glob("*.json")) and capsys.readouterr().out
+
+
 def test_showing_what_benches_keep_leaves_the_process_as_it_was() -> None:
     before, surroundings = torch.get_num_threads(), dict(os.environ)
     try:

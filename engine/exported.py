@@ -105,7 +105,7 @@ def read_exported(path: Path, device: torch.device | str = "cpu") -> ExportedFil
     path = _of_folder(path) if path.is_dir() else path.with_suffix(".xml") if path.suffix == ".bin" else path
     kind = "onnx" if path.suffix == ".onnx" else "openvino"
     if find_spec(RUNTIMES[kind]) is None:
-        raise Fault(f"{path}: needs {RUNTIMES[kind]}; pip install 'oneshot-yolo[{EXTRAS[kind]}]'")
+        raise Fault(f"{path}: needs {RUNTIMES[kind]}; pip install -e '.[{EXTRAS[kind]}]'")
     if not path.is_file():
         raise Fault(f"{path}: no such file")
     run, about, side = (_open_onnx if kind == "onnx" else _open_openvino)(path, torch.device(device))

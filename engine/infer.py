@@ -418,7 +418,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--source", required=True, help="image, video, folder, glob in quotes, .txt list, 0 (camera), rtsp://..., -"
     )
     parser.add_argument("--imgsz", type=int, help="longer side in pixels; default: what the network was trained with")
-    parser.add_argument("--square", action="store_true", help="pad images to squares, not to the next multiple of 32")
+    parser.add_argument(
+        "--square", action="store_true", help="pad images to squares, not to the next multiple of the network's stride"
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="images that go through the network together")
     parser.add_argument("--conf-thres", type=float, help="scores above this count; default .25, or an exported file's")
     parser.add_argument("--iou-thres", type=float, help="boxes that overlap more are one object; default .45 or its")

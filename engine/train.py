@@ -220,7 +220,7 @@ def train(
             write_environment(folder / "environment.yaml", world, epoch)
             dashboard = open_dashboard(folder, epoch)
             if dashboard is None:
-                say("no TensorBoard: pip install 'oneshot-yolo[dashboard]' brings it")
+                say("no TensorBoard: pip install -e '.[dashboard]' brings it")
 
     # From here on all processes go in step, from the weights of the first.
     place, amp = gather_objects([str(folder), amp], world)[0]

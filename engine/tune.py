@@ -140,7 +140,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise Fault("--tune: needs Optuna; pip install 'oneshot-yolo[search]'") from None
+        raise Fault("--tune: needs Optuna; pip install -e '.[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line a trial
     return optuna
 

@@ -269,9 +269,9 @@ def test_what_stands_for_an_exported_file(tmp_path, monkeypatch):
     with pytest.raises(Fault, match="a folder with 0 .xml files; name a checkpoint"):
         load(tmp_path)
     monkeypatch.setattr(exported, "find_spec", lambda name: None)
-    with pytest.raises(Fault, match=r"a.xml: needs openvino; pip install 'oneshot-yolo\[openvino\]'"):
+    with pytest.raises(Fault, match=r"a.xml: needs openvino; pip install -e '.\[openvino\]'"):
         load(tmp_path / "a.bin")
-    with pytest.raises(Fault, match=r"a.onnx: needs onnxruntime; pip install 'oneshot-yolo\[export\]'"):
+    with pytest.raises(Fault, match=r"a.onnx: needs onnxruntime; pip install -e '.\[export\]'"):
         load(tmp_path / "a.onnx")
 
 

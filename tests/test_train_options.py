@@ -715,7 +715,7 @@ def test_tensorboard_that_is_absent_is_told_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     train(train_config({**options, "epochs": 2}))
-    assert capsys.readouterr().out.count("pip install 'oneshot-yolo[dashboard]'") == 1
+    assert capsys.readouterr().out.count("pip install -e '.[dashboard]'") == 1
 
 
 def test_pictures_can_be_left_out(whole: Path) -> None:

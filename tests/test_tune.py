@@ -334,7 +334,7 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(Fault) as problem:
         tune(config_in(tmp_path), 3)
-    assert problem.value.lines == ("--tune: needs Optuna; pip install 'oneshot-yolo[search]'",)
+    assert problem.value.lines == ("--tune: needs Optuna; pip install -e '.[search]'",)
     assert not list(tmp_path.iterdir())
 
 

@@ -29,7 +29,7 @@ from data.loader import batches
 from data.readers import Split
 from data.structures import Batch, Detections, Letterbox, Sample
 from engine.metrics import Metrics, class_table, coco_metrics, found_rows, metrics_json
-from engine.nms import nms
+from engine.nms import iou_for, nms
 from engine.plots import draw_evaluation
 from engine.runs import new_run, write_text
 from engine.voc import voc_metrics
@@ -164,7 +164,7 @@ def detections_of(
                     kept = nms(
                         *predicted,
                         conf=conf,
-                        iou=iou if network.suppresses else 1.0,
+                        iou=iou_for(network, iou),
                         max_det=max_det,
                         agnostic=agnostic,
                         classes=classes,

@@ -52,7 +52,7 @@ from engine.heatmaps import (
     spread,
 )
 from engine.infer import Model, class_labels, load
-from engine.nms import nms
+from engine.nms import USUAL, iou_for, nms
 from engine.runs import new_run
 from engine.select import attend, read_rule
 from engine.sources import find_files, is_video, output_names, read_picture
@@ -88,7 +88,7 @@ class Question:
     steps: int = 0
     label: int | None = None
     classes: tuple[int, ...] | None = None
-    conf: float = 0.25
+    conf: float = USUAL.conf
     top: int = 1
 
 
@@ -145,7 +145,7 @@ def decided(
                     boxes[image],
                     scores[image],
                     conf=question.conf,
-                    iou=0.45 if network.suppresses else 1.0,
+                    iou=iou_for(network, USUAL.iou),
                     max_det=question.top,
                     classes=question.classes,
                     multi_label=False,
@@ -345,7 +345,7 @@ def check_options(options: Namespace) -> None:
             raise Fault(f"--{name} {getattr(options, name)}: must be at least 0")
     if options.steps == 1:
         raise Fault("--steps 1: a curve has at least 2 steps; 0 measures none")
-    check_thresholds(options.conf_thres, 0.45, 1)
+    check_thresholds(options.conf_thres, USUAL.iou, USUAL.max_det)
 
 
 def question_of(options: Namespace, model: Model) -> Question:
@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--top", type=int, help="decisions an image at most; default: 1 of a classifier, else 3")
     parser.add_argument(
-        "--conf-thres", type=float, default=0.25, help="of a detector: what it is surer of is explained"
+        "--conf-thres", type=float, default=USUAL.conf, help="of a detector: what it is surer of is explained"
     )
     parser.add_argument("--metrics", action="store_true", help="measure --data: average drop, insertion, ..., controls")
     parser.add_argument("--steps", type=int, help="of insertion and deletion; 0: without; default: 5 of --metrics")

@@ -38,7 +38,8 @@ from torch.nn import functional as F
 
 from data.structures import Fault
 from engine.doors import check_imgsz, check_thresholds, door, option_parser, parse_options
-from engine.exported import ABOUT, CANDIDATES, EXTRAS, RUNTIMES, Run, Suppression, read_file
+from engine.exported import ABOUT, CANDIDATES, EXTRAS, RUNTIMES, Run, read_file
+from engine.nms import USUAL, Suppression, iou_for
 from engine.parity import Parity, ScoreParity, check_images, check_parity, check_scores, suppressed
 from engine.runs import atomically
 from engine.tasks import check_given, task_of
@@ -316,7 +317,7 @@ def export(
     network = restore(checkpoint)
     side = check_imgsz(imgsz or checkpoint.imgsz, network.max_stride)
     images = check_images(source, side, task.crops)
-    asked = asked if network.suppresses else replace(asked, iou=1.0)
+    asked = replace(asked, iou=iou_for(network, asked.iou))
     suppression = asked if inside else None
     fused = fuse(network)
     stride = network.max_stride
@@ -363,9 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--out", help="the file to write; default: beside the weights, with the format's ending")
     parser.add_argument("--imgsz", type=int, help="pixels; default: what the network was trained with")
     parser.add_argument("--nms", action="store_true", help="the file suppresses by itself and gives detections")
-    parser.add_argument("--conf-thres", type=float, default=0.25, help="NMS: scores above this count")
-    parser.add_argument("--iou-thres", type=float, default=0.45, help="NMS: boxes that overlap more are one object")
-    parser.add_argument("--max-det", type=int, default=300, help="NMS: detections an image at most")
+    parser.add_argument("--conf-thres", type=float, default=USUAL.conf, help="NMS: scores above this count")
+    parser.add_argument("--iou-thres", type=float, default=USUAL.iou, help="NMS: boxes that overlap more are one")
+    parser.add_argument("--max-det", type=int, default=USUAL.max_det, help="NMS: detections an image at most")
     parser.add_argument("--static", action="store_true", help="not torch: squares of --imgsz only, not any size")
     parser.add_argument("--source", help="images for the check, a folder or a glob in quotes; default: drawn ones")
     options = parse_options(parser, argv)

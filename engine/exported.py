@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.structures import Fault
+from engine.nms import Suppression
 from models.checkpoint import Checkpoint
 from models.parse import parse_text
 
@@ -24,15 +25,6 @@ ABOUT = "oneshot_yolo"  # where what travels in an OpenVINO file stands in it
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 Opened = tuple[Run, Mapping[str, str], int | None]  # how it computes, what it says of itself, `ExportedFile.side`
-
-
-@dataclass(frozen=True)
-class Suppression:
-    """What NMS inside an exported file goes by."""
-
-    conf: float
-    iou: float
-    max_det: int
 
 
 def read_file(path: Path, kind: str, conf: float | None = None) -> Run:

@@ -26,9 +26,9 @@ from engine.classify import ranking
 from engine.doors import check_imgsz, check_thresholds, door, option_parser, parse_device, parse_options, told
 from engine.draw import draw_detections, draw_label_map, draw_ranking
 from engine.evaluate import timed, to_original
-from engine.exported import ExportedFile, Suppression, is_exported, read_exported
+from engine.exported import ExportedFile, is_exported, read_exported
 from engine.metrics import times_line
-from engine.nms import nms
+from engine.nms import USUAL, Suppression, iou_for, nms
 from engine.overlap import ahead, behind
 from engine.results import DOCUMENT, FORMS, LABELS, TABLE, Wanted, check_windows, found_table, write_results
 from engine.runs import new_run
@@ -39,7 +39,6 @@ from models.checkpoint import load_checkpoint, restore
 from models.fuse import fuse
 from models.network import Network
 
-USUAL = Suppression(conf=0.25, iou=0.45, max_det=300)
 AHEAD = 2  # batches read while the network is busy, and as many that wait to be written
 
 
@@ -249,7 +248,7 @@ class Model:
                     boxes[index][likely],
                     scores[index][likely],
                     conf=asked.conf,
-                    iou=asked.iou if self.network.suppresses else 1.0,
+                    iou=iou_for(self.network, asked.iou),
                     max_det=asked.max_det,
                     agnostic=agnostic,
                     classes=classes,

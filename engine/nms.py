@@ -11,6 +11,8 @@ is hundreds of small steps, and each would be a launch on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +23,32 @@ from data.structures import Detections
 BLOCK = 256  # boxes looked at together
 FIRST = 2048  # candidates that are sorted at once; the rest is sorted only where these were not enough
 TOP_K = 30_000
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """What detections go by: scores above `conf` count, boxes that overlap by more than `iou` are one object, and an
+    image has `max_det` at most.
+    """
+
+    conf: float
+    iou: float
+    max_det: int
+
+
+USUAL = Suppression(conf=0.25, iou=0.45, max_det=300)  # what a user of detect.py sees, as in yolov5
+
+
+class Suppresses(Protocol):
+    """A network, or an exported file: whether the boxes that it decodes need suppression."""
+
+    @property
+    def suppresses(self) -> bool: ...
+
+
+def iou_for(network: Suppresses, iou: float) -> float:
+    """The threshold, or 1, which lets every box stay, where a network says an object once and needs no suppression."""
+    return iou if network.suppresses else 1.0
 
 
 def suppress(

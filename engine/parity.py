@@ -13,8 +13,8 @@ from data.augment import letterbox, middle
 from data.images import SUFFIXES, read_image
 from data.shapes import draw_image
 from data.structures import Detections, Fault
-from engine.exported import CANDIDATES, Run, Suppression
-from engine.nms import nms
+from engine.exported import CANDIDATES, Run
+from engine.nms import Suppression, nms
 from engine.sources import find_files
 from models.boxes import pairwise_iou
 from models.network import Network

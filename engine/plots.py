@@ -22,13 +22,10 @@ from data.images import image_size, read_image
 from data.masks import read_mask
 from data.structures import VOID, Detections, Sample
 from engine.draw import FONT, class_color, draw_box, painted, write_image
+from engine.nms import USUAL
 from engine.runs import atomically
 from engine.voc import CONFIDENCES, Curve, best_f1, curves, mean_of, overlap
 
-CONFIDENCE, IOU = (
-    0.25,
-    0.45,
-)  # of the confusion matrix and the worst images: what a user of detect.py sees, as in yolov5
 RECALL_STEPS = 100
 LEGEND_CLASSES = 20  # at most; more are drawn in grey and not named
 NUMBER_CLASSES = 30  # at most; a larger matrix has colours only
@@ -51,7 +48,7 @@ def draw_evaluation(
     _draw_precision(folder / "PR_curve.png", found, names)
     _draw_f1(folder / "F1_curve.png", found, names)
     verdicts = [outcomes(truth, seen) for truth, seen in zip(samples, detections, strict=True)]
-    title = f"confidence > {CONFIDENCE}, IoU > {IOU}"
+    title = f"confidence > {USUAL.conf}, IoU > {USUAL.iou}"
     matrix = confusion(verdicts, len(names))
     _draw_confusion(folder / "confusion_matrix.png", matrix, [*names, "background"], title)
     places = worst(verdicts, WORST_IMAGES)
@@ -150,7 +147,7 @@ class Outcomes:
         return int((self.labels[:, 0] != self.labels[:, 1]).sum())
 
 
-def outcomes(truth: Sample, found: Detections, conf: float = CONFIDENCE, iou: float = IOU) -> Outcomes:
+def outcomes(truth: Sample, found: Detections, conf: float = USUAL.conf, iou: float = USUAL.iou) -> Outcomes:
     """Pairs detections above ``conf`` with the objects of an image, whatever their classes.
 
     Of all pairs that overlap by more than ``iou`` the closest come first, and each box is in one pair at most.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from engine.metrics import times_line, without_nan
 from engine.plots import WORST_IMAGES, draw_segmentation, most_wrong
 from engine.runs import atomically, new_run, table, write_text
 from models.network import Network
+from models.ops.primitives import wide
 
 ALL_ALIKE = "none"  # of --class-weights
 
@@ -175,12 +176,17 @@ def label_maps(network: Any, images: Tensor, letterboxes: Sequence[Letterbox]) -
         scores = network.predict(images)
         return [LabelMap(label_map(y, box).cpu()) for y, box in zip(scores, letterboxes, strict=True)]
     outputs, _ = network(images)
-    logits = [y if y.dtype == torch.float64 else y.float() for y in outputs]
-    maps = []
-    for place, letterbox in enumerate(letterboxes):  # one at a time: enlarged logits are large
+    return [LabelMap(one) for one in maps_of(network, outputs, letterboxes)]
+
+
+def maps_of(network: Network, outputs: Sequence[Tensor], letterboxes: Sequence[Letterbox]) -> Iterator[Tensor]:
+    """`label_map` of each image of a batch by the network's outputs, on the CPU, one at a time: enlarged logits are
+    large.
+    """
+    logits = [wide(y) for y in outputs]
+    for place, letterbox in enumerate(letterboxes):
         scores = network.head.enlarged([y[place : place + 1] for y in logits])[0]
-        maps.append(LabelMap(label_map(scores, letterbox).cpu()))
-    return maps
+        yield label_map(scores, letterbox).cpu()
 
 
 # ---- a network over a data set

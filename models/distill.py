@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +27,7 @@ from models.heads.classify import Classify
 from models.heads.dfl import DFLDetect
 from models.heads.yolo import Detect
 from models.network import Network
+from models.ops.primitives import wide
 
 TEMPERATURE = 10.0  # that both distributions are softened by, as in arXiv 2102.12252, section 4.2
 CLASS_TEMPERATURE = 4.0  # that those of classes are softened by (Hinton et al., arXiv 1503.02531, try 1 to 20)
@@ -65,8 +65,8 @@ def distillation_loss(
 
     Both have passed `check_teacher`. The teacher's outputs get no gradient.
     """
-    wide = [y if y.dtype == torch.float64 else y.float() for y in outputs]
-    return LOSSES[type(network.head)](network.head, wide, [y.detach().to(wide[0].dtype) for y in teacher_outputs])
+    found = [wide(y) for y in outputs]
+    return LOSSES[type(network.head)](network.head, found, [y.detach().to(found[0].dtype) for y in teacher_outputs])
 
 
 def detect_loss(head: Detect, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

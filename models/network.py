@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data.structures import Fault, Targets
 from models.elastic import ElasticConv2d, ElasticSequential, IndependentRow, WithAux
 from models.graph import Graph, Node, combinations, resolve
-from models.ops.primitives import NORMS, keyed_norms, repeat
+from models.ops.primitives import NORMS, keyed_norms, repeat, wide
 from models.spec import Choice, ModelSpec, settled
 
 SUPERNETS = ("shared", "independent")
@@ -105,8 +105,8 @@ class Network(nn.Module):
         ``L = L_head + sum of the aux losses`` of all rows that have one. Those of a name are one part, which is 0 where
         no such row ran: a branch that a subnet of a supernet does without.
         """
-        wide = [y if y.dtype == torch.float64 else y.float() for y in outputs]
-        loss, parts = self.head.loss(wide, targets)
+        levels = [wide(y) for y in outputs]
+        loss, parts = self.head.loss(levels, targets)
         parts = {**parts, **{name: loss.new_zeros(()) for name in self._aux_names}}
         for index, said in aux.items():
             layer = self.layers[index]
@@ -132,7 +132,7 @@ class Network(nn.Module):
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """The same from head outputs that are already there."""
-        return self.head.decode([y if y.dtype == torch.float64 else y.float() for y in outputs])
+        return self.head.decode([wide(y) for y in outputs])
 
 
 def _initialize(module: nn.Module) -> None:

@@ -20,8 +20,8 @@ from engine.classify import ClassMetrics, class_metrics, true_labels
 from engine.evaluate import pixels, to_original
 from engine.jackknife import remaining
 from engine.metrics import jackknife_ap
-from engine.nms import nms
-from engine.segment import SegMetrics, confusion_of, label_map, seg_metrics
+from engine.nms import iou_for, nms
+from engine.segment import SegMetrics, confusion_of, maps_of, seg_metrics
 from engine.tasks import task_of
 from models.network import Network
 from models.spec import ModelSpec
@@ -178,9 +178,8 @@ def _found(
 
 
 def found_boxes(network: Network, outputs: Any, batch: Batch, samples: Sequence[Sample]) -> Iterator[Detections]:
-    iou = IOU if network.suppresses else 1.0
     for letterbox, *predicted in zip(batch.letterboxes, *network.decode(outputs), strict=True):
-        best = nms(*predicted, conf=CONFIDENCE, iou=iou, max_det=MOST, multi_label=True)
+        best = nms(*predicted, conf=CONFIDENCE, iou=iou_for(network, IOU), max_det=MOST, multi_label=True)
         yield to_original(best, letterbox)
 
 
@@ -192,12 +191,9 @@ def found_classes(network: Network, outputs: Any, batch: Batch, samples: Sequenc
 
 def found_pixels(network: Network, outputs: Any, batch: Batch, samples: Sequence[Sample]) -> Iterator[np.ndarray]:
     """The confusion ``[K, K]`` of each image's pixels: maps of all images would take too much memory."""
-    logits = [y if y.dtype == torch.float64 else y.float() for y in outputs]
-    for place, (letterbox, sample) in enumerate(zip(batch.letterboxes, samples, strict=True)):
+    for found, sample in zip(maps_of(network, outputs, batch.letterboxes), samples, strict=True):
         assert sample.mask is not None, "a segmenter is measured by masks"
-        scores = network.head.enlarged([y[place : place + 1] for y in logits])[0]
-        found = label_map(scores, letterbox).cpu().numpy()
-        yield confusion_of(found, read_mask(sample.mask), network.num_classes)
+        yield confusion_of(found.numpy(), read_mask(sample.mask), network.num_classes)
 
 
 def jackknife_top1(

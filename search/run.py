@@ -23,7 +23,7 @@ from engine.config import add_options, checked, save_config
 from engine.doors import check_imgsz, door, option_parser, parse_options
 from engine.evaluate import calibration_images
 from engine.export import ANY_SIZE, ENDINGS, check_packages, export
-from engine.exported import Suppression
+from engine.nms import USUAL
 from engine.plan import check_single
 from engine.prepare import augmentation, describe, read_labelled
 from engine.runs import new_run, write_csv, write_text
@@ -251,7 +251,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
 
 def export_best(weights: Path, folder: Path, kind: str) -> Iterator[str]:
     """Writes ``best.onnx`` or the like as ``export.py`` does by default, checked and timed; yields a line for each."""
-    how: dict[str, Any] = {"imgsz": None, "asked": Suppression(0.25, 0.45, 300), "inside": False, "source": None}
+    how: dict[str, Any] = {"imgsz": None, "asked": USUAL, "inside": False, "source": None}
     out = folder / f"best{ENDINGS[kind]}"
     return export(load_checkpoint(weights), kind, out, **how, any_size=kind in ANY_SIZE)
 

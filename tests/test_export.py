@@ -22,10 +22,10 @@ from data.structures import Detections, Fault
 from engine import export, exported
 from engine.draw import write_image
 from engine.export import OUTPUTS, Exported, appearing, main, write_file
-from engine.exported import CANDIDATES, Suppression, is_exported, read_exported, read_file
+from engine.exported import CANDIDATES, is_exported, read_exported, read_file
 from engine.infer import load
 from engine.infer import main as detect
-from engine.nms import nms
+from engine.nms import Suppression, nms
 from engine.parity import _matched, check_images, check_parity
 from engine.validate import main as val
 from models.checkpoint import save_checkpoint

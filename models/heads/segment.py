@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from data.structures import VOID, Targets
 from models.elastic import WithAux
 from models.ops.merge import no_margin
-from models.ops.primitives import Dropout, Width
+from models.ops.primitives import Dropout, Width, wide
 from models.ops.resnet import EPS, resnet_norm
 from models.registry import Shape, register_op
 
@@ -124,5 +123,4 @@ class AuxSegHead(nn.Module):
         return WithAux(x, self.classifier(x)) if self.training else x
 
     def aux_loss(self, logits: Tensor, targets: Targets) -> Tensor:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return self.weight * pixel_loss(enlarged(wide, self.stride), targets)
+        return self.weight * pixel_loss(enlarged(wide(logits), self.stride), targets)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from data.structures import Targets
 from models.elastic import WithAux
 from models.labels import label_counts
-from models.ops.primitives import Width, conv
+from models.ops.primitives import Width, conv, wide
 from models.ops.resnet import EPS, Bottleneck, resnet_norm
 from models.registry import Shape, one_to_one, register_op
 
@@ -103,7 +103,7 @@ class AttentionBranch(nn.Module):
         An image with several labels should give each the same share under ``classes``; one without any counts 0 there.
         """
         logits_NK = aux["logits"]
-        logits_NK = logits_NK if logits_NK.dtype == torch.float64 else logits_NK.float()
+        logits_NK = wide(logits_NK)
         counts_NK = label_counts(targets, logits_NK)
         if self.task == "presence":
             return F.binary_cross_entropy_with_logits(logits_NK, counts_NK.clamp(max=1))

@@ -5,9 +5,6 @@ Channels are mixed by 1x1 convolutions and places by depth-wise ones, never both
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from torch import Tensor, nn
 
 from models.ops.conv import Conv
@@ -15,7 +12,7 @@ from models.ops.csp import csp_shape, start_as_nothing
 from models.ops.dense import dense, gather
 from models.ops.primitives import DEFAULT, Act, Acts, Count, Fraction, Kernel, Kernels, Step, Width, each
 from models.ops.rep import RepConv
-from models.registry import Shape, register_op
+from models.registry import register_op
 
 LARGE = 7  # kernel of the depth-wise convolution in the middle where it is a large one
 
@@ -63,11 +60,7 @@ class CIB(nn.Module):
         return x + self.cv1(x) if self.add else self.cv1(x)
 
 
-def c2fcib_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
-    return csp_shape(inputs, {**args, "groups": 1})
-
-
-@register_op(infer=c2fcib_shape)
+@register_op(infer=csp_shape)
 class C2fCIB(nn.Module):
     """`C2f` with compact blocks. Shape: ``[N, c_in, H, W] -> [N, c_out, H, W]``"""
 

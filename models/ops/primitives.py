@@ -225,3 +225,8 @@ def each(value: Any, index: int) -> Any:
     equal values everywhere it is the block with this one value.
     """
     return value.values[index] if isinstance(value, PerBottleneck) else value
+
+
+def wide(y: Tensor) -> Tensor:
+    """The same in float32 or better, in which scores and losses are computed."""
+    return y if y.dtype == torch.float64 else y.float()

@@ -110,11 +110,7 @@ class RepConv(nn.Module):
         return nn.Sequential(new, self.act)
 
 
-def repc3_shape(inputs: Sequence[Shape], args: Mapping[str, Any]) -> Shape:
-    return csp_shape(inputs, {**args, "groups": 1})
-
-
-@register_op(infer=repc3_shape)
+@register_op(infer=csp_shape)
 class RepC3(nn.Module):
     """`number` `RepConv` blocks, added to a 1x1 beside them, of RT-DETR's neck (Zhao et al., arXiv 2304.08069).
 

@@ -63,7 +63,7 @@ from models.elastic import WithAux  # noqa: E402
 from models.fuse import fuse  # noqa: E402
 from models.graph import normalize, resolve  # noqa: E402
 from models.network import Network  # noqa: E402
-from models.ops.masked import MaskPredictor  # noqa: E402
+from models.ops.mask import MaskPredictor  # noqa: E402
 from models.parse import dump, parse  # noqa: E402
 from models.registry import OPS  # noqa: E402
 from models.spec import LayerSpec, ModelSpec, Scaling  # noqa: E402

@@ -18,6 +18,7 @@ FONT = cv2.FONT_HERSHEY_SIMPLEX
 PAINT = 0.55  # how much of a pixel is the colour of its class
 NAMED_SHARE = 0.004  # of a picture: a class that fills less is not named in it
 NAMED_SIDE = 240  # pixels: in a smaller picture of a grid, names would hide what they name
+NAME_LENGTH = 24  # characters of a name in a picture
 SKETCH = 160  # pixels of the longer side, at which the places of names are looked for
 Color = tuple[int, int, int]
 
@@ -216,3 +217,14 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     _, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     with atomically(path) as temporary:
         temporary.write_bytes(data.tobytes())
+
+
+def shown_name(name: str, most: int = NAME_LENGTH) -> str:
+    """A class or file name as one short line: what cannot be printed becomes ``?``, the middle of a long one goes."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in str(name))
+    return line if len(line) <= most else f"{line[: most - most // 3 - 1]}…{line[-(most // 3) :]}"
+
+
+def plain(text: str) -> str:
+    """A text in the letters that OpenCV can write, those of ASCII."""
+    return text.replace("…", "..").encode("ascii", "replace").decode()

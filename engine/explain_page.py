@@ -12,9 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from engine.draw import FONT, class_color, draw_box
+from engine.draw import FONT, class_color, draw_box, plain, shown_name
 from engine.explain_metrics import NUMBERS, Interval, numbers_of
-from engine.plots import new_figure, save_figure, shown_name
+from engine.plots import new_figure, save_figure
 
 TILE = 320  # pixels a tile is wide, at least
 WIDEST = 480  # and at most
@@ -113,9 +113,9 @@ def _write(
     weight: int = 1,
 ) -> int:
     """Writes a line into `sheet`; returns where it ends. Letters that the font lacks become ``?``."""
-    plain = text.replace("…", "..").encode("ascii", "replace").decode()
-    cv2.putText(sheet, plain, (left, base), FONT, scale, ink, weight, cv2.LINE_AA)
-    return left + cv2.getTextSize(plain, FONT, scale, weight)[0][0]
+    line = plain(text)
+    cv2.putText(sheet, line, (left, base), FONT, scale, ink, weight, cv2.LINE_AA)
+    return left + cv2.getTextSize(line, FONT, scale, weight)[0][0]
 
 
 def _scale(sheet: np.ndarray, top: int, method: str) -> None:

@@ -24,7 +24,8 @@ from data.structures import VOID, LabelMap, Letterbox, Sample
 from engine.evaluate import Asked, answered, evaluating, file_names, timed
 from engine.jackknife import groups_of, jackknife_error
 from engine.metrics import times_line, without_nan
-from engine.plots import WORST_IMAGES, draw_segmentation, most_wrong
+from engine.outcomes import most_wrong
+from engine.plots import WORST_IMAGES, draw_segmentation
 from engine.runs import atomically, new_run, table, write_text
 from models.network import Network
 from models.ops.primitives import wide

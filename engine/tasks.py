@@ -22,6 +22,7 @@ from engine.config import RunConfig, option_name
 from engine.evaluate import Asked, detections_of, validate_detector
 from engine.evaluate import evaluate as evaluate_detector
 from engine.metrics import Metrics
+from engine.outcomes import most_wrong
 from engine.plots import (
     WORST_IMAGES,
     draw_classes,
@@ -30,7 +31,6 @@ from engine.plots import (
     draw_labels,
     draw_pixels,
     draw_segmentation,
-    most_wrong,
 )
 from engine.segment import SegMetrics, confusions_of, evaluate_pixels, found_again, validate_segmenter
 from models.network import Network

@@ -28,7 +28,7 @@ from engine.draw import class_color, draw_ranking
 from engine.export import main as export
 from engine.infer import load
 from engine.infer import main as detect
-from engine.plots import class_confusion, least_likely
+from engine.outcomes import class_confusion, least_likely
 from engine.runs import read_csv
 from engine.tasks import CLASSIFY, DETECT, check_data, check_options, task_of
 from engine.train import main as train_door

@@ -16,7 +16,8 @@ from data.structures import Fault, Targets
 from models.cost import count_params, network_costs, row_cost
 from models.graph import load_graph, resolve
 from models.network import Network, build
-from models.ops.masked import PatchPool, decided, filled, sampled
+from models.ops.mask import decided, sampled
+from models.ops.masked import PatchPool, filled
 from models.parse import parse_text
 from models.registry import OPS, Shape
 from models.show import table

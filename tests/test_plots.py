@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from data.structures import Detections, Sample
-from engine.plots import (
-    confusion,
-    draw_evaluation,
-    draw_labels,
-    instances,
-    label_statistics,
-    outcomes,
-    shown_name,
-    worst,
-)
+from engine.draw import shown_name
+from engine.outcomes import confusion, outcomes, worst
+from engine.plots import draw_evaluation, draw_labels, instances, label_statistics
 
 HOSTILE = ("_hidden", "$\\frac{", "a\nb\tc", "汽车", "x" * 200, "", "<b>&amp;", "%s {0}")
 

@@ -32,7 +32,7 @@ from engine.draw import class_color, draw_label_map, grid, wide_places
 from engine.infer import load
 from engine.infer import main as detect
 from engine.measure import repeated
-from engine.plots import most_wrong
+from engine.outcomes import most_wrong
 from engine.runs import read_csv
 from engine.segment import SegMetrics, class_weights, confusion_of, ious, label_map, miou_error, seg_metrics
 from engine.step import scaled

@@ -7,7 +7,7 @@ validation of its table tells (`search.latency`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -144,6 +144,14 @@ def check_budgets(budgets: Sequence[Budget], tables: Mapping[str, CostTable]) ->
             least = f"{budget.metric}={format_cost(budget.metric, smallest, exact=True)} ({architecture})"
             here = " on this device; the smallest latency is" if budget.metric == "latency_ms" else "; the smallest has"
             raise Fault(f"--budget {budget}: no subnet can meet it{here} {least}")
+
+
+def check_together(budgets: Sequence[Budget], tables: Mapping[str, CostTable], subnets: Iterable[Architecture]) -> None:
+    """Raises `Fault` where none of the subnets meets all the budgets that tables count."""
+    known = [budget for budget in budgets if budget.metric in tables]
+    costs = ({b.metric: tables[b.metric].of(one) for b in known} for one in subnets)
+    if len(known) > 1 and not any(within(each, known) for each in costs):
+        raise Fault(f"--budget: no subnet meets {', '.join(map(str, known))} together; each of them alone can be met")
 
 
 def within(costs: Mapping[str, float], budgets: Sequence[Budget]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.dataset import ImageSet
 from data.structures import Fault
@@ -42,6 +43,7 @@ from search.tree import losses
 
 PROPOSAL = 12  # purpose of a random stream
 EXHAUSTIVE = 2_000  # subnets; in a space up to this size the loss of every one of them is measured
+LOSS_FLOATS = 2**27  # of images by which these losses are measured: they stay in memory, and maps of them as well
 EVOLUTION = 40  # candidates; fewer are spread over the costs, not evolved
 FEWEST_FIRST = 16  # judging images by which a subnet may be given up
 
@@ -132,16 +134,28 @@ def find(trial: Trial, found: Found, folder: Path) -> None:
         raise Fault(f"--budget: none of the subnets that were measured meets {shown}, though tables say that one may")
 
 
+def some_images(images: ImageSet) -> ImageSet:
+    """The images themselves, or as many, evenly taken, as have `LOSS_FLOATS` numbers together."""
+    most = max(1, LOSS_FLOATS // (3 * images.imgsz**2))
+    if len(images) <= most:
+        return images
+    samples = [images.samples[place * len(images) // most] for place in range(most)]
+    return ImageSet(samples, images.imgsz, None, images.seed, images.cache, crop=images.crop)
+
+
 def by_loss(trial: Trial, folder: Path) -> dict[Architecture, float | None]:
     """The loss of every subnet, in ``losses.csv``, and those to judge: within the budgets, the fronts of loss and costs
     one after the other until there are ``candidates``; first of all the subnet that alpha prefers.
     """
     space = trial.space
+    images = some_images(trial.images)
+    if trial.progress and images is not trial.images:
+        tqdm.write(f"losses are of {len(images)} of the {len(trial.images)} judging images: no more fit into memory")
     found = losses(
         trial.supernet,
         space,
         trial.calibration,
-        trial.images,
+        images,
         batch_size=trial.config.batch_size,
         device=trial.device,
         progress=trial.progress,

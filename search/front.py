@@ -128,22 +128,25 @@ def tie(one: Judged, other: Judged) -> bool:
     if not one.without or len(one.without) != len(other.without):
         return False
     error = jackknife_error(np.subtract(one.without, other.without))
-    return abs(one.score - other.score) <= SURE * error
+    return not abs(one.score - other.score) > SURE * error  # an error that is nan tells nothing apart
 
 
 def ties(judged: Sequence[Judged], front: Sequence[bool]) -> list[tuple[int, ...]]:
     """For each of the judged, the numbers of the cheaper points of the front that it cannot be told apart from; empty
     off the front, and where scores were not measured by groups of images.
 
-    Cheaper is a point of the front with no higher score: it would not be there if it did not cost less in something.
+    Cheaper is a point of the front with no higher score that costs less in something: all but one of equal score and
+    costs.
     This is the noise of the judging images alone. Another seed of training would also move scores, often by more, and
     no number of images shows that: of two points told apart here, the better may be the worse after retraining.
     """
     shown = [one for one, on in zip(judged, front, strict=True) if on]
+
+    def cheaper(other: Judged, one: Judged) -> bool:
+        return other.score <= one.score and any(other.costs[metric] < cost for metric, cost in one.costs.items())
+
     return [
-        tuple(other.number for other in shown if other is not one and other.score <= one.score and tie(one, other))
-        if on
-        else ()
+        tuple(other.number for other in shown if cheaper(other, one) and tie(one, other)) if on else ()
         for one, on in zip(judged, front, strict=True)
     ]
 

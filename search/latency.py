@@ -184,8 +184,8 @@ class LatencyTable:
         if not self.usable:
             found.append(
                 "note: this device's latencies do not add up row by row: the predictions are further off than "
-                f"{max(ALLOWED_ERROR, check.repeat_error):.1%}, or in another order; subnets that are judged are timed "
-                "themselves"
+                f"{max(ALLOWED_ERROR, check.repeat_error):.1%}, or in another order; what counts is the time that a "
+                "judged subnet takes itself, where it runs on this device"
             )
         if not self.separates:
             found.append(
@@ -258,7 +258,9 @@ def parsed(path: Path, rows: Rows, wanted: Key) -> LatencyTable:
         index, picks = missing[0]
         raise Fault(f"{path}: has no entry for row {index} with {picks}, and lacks {len(missing)} of {len(names)}")
     table = LatencyTable(found, kind, fixed, tuple(by_name[name] for name in names), Validation(tuple(checks)))
-    told = [("fixed_ms", fixed), *((f"an entry of row {entry.row}", entry.ms) for entry in table.entries)]
+    if not math.isfinite(fixed):
+        raise Fault(f"{path}: fixed_ms is {fixed} ms, wanted a number")
+    told = [*((f"an entry of row {entry.row}", entry.ms) for entry in table.entries)]
     told += [(f"subnet {one.number}", min(one.measured_ms, one.again_ms)) for one in table.validation.subnets]
     for where, ms in told:
         if not (math.isfinite(ms) and ms >= 0):

@@ -174,13 +174,15 @@ def importances(space: SearchSpace, scores: Mapping[Architecture, float]) -> lis
 
     The importance is the choice's share of the variance that options' effects add up to (`fitted`), 0 to 1; `explained`
     is how well these effects predict a score at all. Beside it the options that add most and least, and by how much
-    they differ. Nothing where under three subnets are known or all score the same.
+    they differ. Nothing where under three subnets are known, or no option moves the score.
     """
     if len(scores) < 3 or len(set(scores.values())) == 1:
         return []
     effects, explained = fitted(space, scores)
     parts = np.split(effects, np.cumsum([len(choice.options) for choice in space.choices])[:-1])
     variances = [float(part.var()) for part in parts]
+    if not sum(variances):  # no option alone moves a score: it is pairs of them that do
+        return []
     rows = [
         {
             "choice": choice.name,
@@ -195,14 +197,20 @@ def importances(space: SearchSpace, scores: Mapping[Architecture, float]) -> lis
     return sorted(rows, key=lambda row: -row["importance"])
 
 
-def new_study(seed: int, population: int, objectives: int) -> Any:
-    """An Optuna study in memory. Raises a Fault where Optuna is not installed."""
+def import_optuna() -> Any:
+    """The package. Raises a Fault where it is not installed."""
     try:
         import optuna
     except ImportError:
         raise Fault(
             "to search a large space Optuna is needed, not installed here: pip install -e '.[search]'"
         ) from None
+    return optuna
+
+
+def new_study(seed: int, population: int, objectives: int) -> Any:
+    """An Optuna study in memory. Raises a Fault where Optuna is not installed."""
+    optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line a trial
     sampler = optuna.samplers.NSGAIISampler(population_size=population, crossover_prob=CROSSOVER, seed=seed)
     return optuna.create_study(directions=["minimize"] * objectives, sampler=sampler)

@@ -155,7 +155,7 @@ def fit(
     architecture: Architecture, tables: Mapping[str, CostTable], budgets: Sequence[Budget], rng: np.random.Generator
 ) -> Architecture | None:
     """The architecture itself if it meets the budgets; otherwise with rows, in random order, set to their cheapest
-    options until it does. None where even that is too dear.
+    options until it does. None where even that is too dear, or dearer by another of the budgets.
     """
     picks = dict(architecture.picks)
     for budget in budgets:

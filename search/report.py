@@ -195,9 +195,8 @@ def cautions(run: Run) -> str:
         ),
     ]
     if "latency_ms" in run.costs:
-        told.append(
-            "<b>One device.</b> Latencies are those of the machine that searched. Another one has another front."
-        )
+        device = escaped(run.config.get("latency_device") or "the machine that searched")
+        told.append(f"<b>One device.</b> Latencies are those of {device}. Another one has another front.")
     if run.subnets and max(one.score for one in run.subnets) < noise:
         told.insert(
             0,
@@ -223,6 +222,8 @@ def alphas_section(run: Run) -> str:
         return title + absent("alphas.csv is not there. A search writes it after every epoch.")
     points = [point for options in run.alphas.values() for found in options.values() for point in found]
     last, top = max(step for step, _ in points), min(1.0, 1.06 * max(p for _, p in points))
+    done = max(len(found) for options in run.alphas.values() for found in options.values())
+    planned = last * float(run.config.get("epochs") or done) / done  # steps, of a search that was stopped, too
     warmup = None if run.config.get("tango") else run.config.get("arch_warmup")
     panels, open_ones = [], 0
     for name, options in run.alphas.items():
@@ -240,7 +241,7 @@ def alphas_section(run: Run) -> str:
                 "step",
                 y=(0.0, top),
                 shown="{:.2f}",
-                start=warmup * last if isinstance(warmup, float) else None,
+                start=warmup * planned if isinstance(warmup, float) and warmup * planned <= last else None,
                 level=1 / len(options),
             )
             + "</figure>"
@@ -296,8 +297,8 @@ def training_section(run: Run) -> str:
     took = f" The {plural(len(seconds), 'epoch')} took {duration(sum(seconds))}." if seconds else ""
     held = " “held out” is the loss on the judging images, in the steps of the alphas." if "held_out" in losses else ""
     return (
-        f"{title}<p>A step trains one subnet, and each option has its turn equally often, so the loss is a mean over "
-        f"subnets.{held} Where the loss still falls at the end, more epochs would help.{took}</p>"
+        f"{title}<p>Each step trains other subnets, so the loss is a mean over many.{held} Where it "
+        f"still falls at the end, more epochs would help.{took}</p>"
         f'<div class="smalls">{"".join(panels)}</div>'
     )
 
@@ -382,7 +383,7 @@ def kept_order(retrained: Sequence[tuple[int, Mapping[str, float]]]) -> str:
 FILES = {
     "config.yaml": "the options",
     "search.yaml": "the model file as it was searched: every choice named, depth and width multiplied out",
-    "space.json": "the choices, how many subnets they span, and the hash by which a subnet of another space is refused",
+    "space.json": "the choices, how many subnets they span, and their hash, by which a latency table of another space is refused",
     "front.csv": "every judged subnet",
     "front.png": "the front as a picture",
     "importances.csv": "how much each choice matters to the score of the judged subnets",

@@ -23,6 +23,7 @@ from engine.config import add_options, checked, save_config
 from engine.doors import check_imgsz, door, option_parser, parse_options
 from engine.evaluate import calibration_images
 from engine.export import ANY_SIZE, ENDINGS, check_packages, export
+from engine.latency import check_runtime
 from engine.nms import USUAL
 from engine.plan import check_single
 from engine.prepare import augmentation, describe, read_labelled
@@ -36,14 +37,14 @@ from models.supernet import Supernet
 from search import tango
 from search.blocks import check_device, export_blocks, foreign_table
 from search.config import SearchConfig
-from search.costs import CostTable, check_budgets, cost_tables, format_cost, parse_budget
+from search.costs import CostTable, check_budgets, check_together, cost_tables, format_cost, parse_budget
 from search.device_timer import SECONDS
-from search.find import Found, Trial, calibrated, find, save_subnet, study_name
+from search.find import EVOLUTION, EXHAUSTIVE, Found, Trial, calibrated, find, save_subnet, study_name
 from search.front import Judged, draw_front, front_table, on_front, write_front
 from search.judge import judging_of
 from search.latency import LatencyTable, write_table
 from search.objective import check_form
-from search.optimise import importances
+from search.optimise import import_optuna, importances
 from search.parts import split_train
 from search.propose import argmax
 from search.report import write_report
@@ -108,6 +109,11 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
         )
         for note in (*train_split.notes, *val_split.notes):
             say(f"note: {note}")
+        for part, does in ((weight_samples, "train the weights"), (judge_samples, "move alphas and judge")):
+            if not any(len(sample.labels) for sample in part):
+                raise Fault(
+                    f"{config.data}: none of the {len(part)} images that {does} has a label; label more of them"
+                )
 
         # The space and what its subnets cost. A budget that cannot be met ends here, before anything is trained.
         spec = resumed.spec if resumed else describe(config, data, None, train_split.samples, say)
@@ -129,6 +135,12 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
             least, most = (table.extreme(largest)[0] for largest in (False, True))
             say(f"  {metric}: {format_cost(metric, least)} to {format_cost(metric, most)}")
         check_budgets(budgets, tables)
+        if space.size <= EXHAUSTIVE:
+            check_together(budgets, tables, map(space.at, range(space.size)))
+        elif config.candidates > EVOLUTION:
+            import_optuna()
+        if not config.latency_device:
+            check_runtime(config.runtime, world.device)
         if config.export_blocks:
             if world.is_first:
                 graph = resolve(supernet.spec)
@@ -196,14 +208,18 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     write_csv(folder / "importances.csv", importances(space, {one.architecture: one.score for one in found}))
     metrics = trial.metrics
     front = on_front(found, metrics)
-    best = max(range(len(found)), key=lambda place: (found[place].score, -found[place].costs["macs"]))
+    best = max(
+        range(len(found)),
+        key=lambda place: (front[place], found[place].score, [-found[place].costs[metric] for metric in metrics]),
+    )
     write_front(folder / "front.csv", task, space, found, front)
     draw_front(folder / "front.png", task, found, front, metrics, best, budgets)
     (folder / "subnets").mkdir(exist_ok=True)
-    shown = sorted((one for one, on in zip(found, front, strict=True) if on), key=lambda one: -one.score)
-    for one in {found[best].number: found[best], **{one.number: one for one in shown}}.values():
-        save_subnet(folder / "subnets" / f"{one.number}", calibrated(trial, one), one, data.names, config.imgsz)
     winner = found[best]
+    shown = sorted((one for one, on in zip(found, front, strict=True) if on), key=lambda one: -one.score)
+    shown = [winner, *(one for one in shown if one is not winner)]
+    for one in shown:
+        save_subnet(folder / "subnets" / f"{one.number}", calibrated(trial, one), one, data.names, config.imgsz)
     network = calibrated(trial, winner)
     save_subnet(folder / "best", network, winner, data.names, config.imgsz)
     if config.tango:

@@ -47,7 +47,7 @@ def settings(config: SearchConfig) -> SearchConfig:
         )
     for name, value in OVERRIDES.items():
         given = getattr(config, name)
-        if given not in (value, SearchConfig.model_fields[name].default):
+        if name in config.model_fields_set and given != value:
             faults.append(f"{option_name(name)} {given}: --tango sets {value}; leave one of the two out")
     if faults:
         raise Fault(*faults)

@@ -20,6 +20,7 @@ from search.costs import (
     Budget,
     CostTable,
     check_budgets,
+    check_together,
     cost_tables,
     format_cost,
     parse_budget,
@@ -138,6 +139,16 @@ def test_a_budget_that_nothing_meets_names_the_smallest_value(tables):
     with pytest.raises(Fault, match=f"no subnet can meet it; the smallest has params={smallest:.0f}"):
         check_budgets([Budget("params", smallest - 1)], tables)
     check_budgets([Budget("params", smallest)], tables)
+
+
+def test_budgets_that_can_only_be_met_apart_are_told():
+    costs = {"macs": [1.0, 5.0], "params": [9.0, 2.0]}
+    tables = {name: CostTable(name, 0.0, (((KERNEL,), np.array(values)),)) for name, values in costs.items()}
+    subnets = [Architecture({"1.kernel": size}) for size in (3, 5)]
+    check_together([Budget("macs", 1.0), Budget("params", 9.0)], tables, subnets)
+    check_together([Budget("macs", 1.0), Budget("latency_ms", 1.0)], tables, subnets)  # which no table counts
+    with pytest.raises(Fault, match="no subnet meets macs=0.000M, params=0.000M together; each of them alone can be"):
+        check_together([Budget("macs", 1.0), Budget("params", 2.0)], tables, subnets)
 
 
 def test_a_latency_that_nothing_reaches_is_told_before_anything_is_trained():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from data.dataset import ImageSet
+from data.structures import Sample
 from models.spec import Choice
-from search.find import beats, first_places
+from search.find import beats, first_places, some_images
 from search.front import Judged
 from search.optimise import fitted, importances
 from search.space import Architecture, SearchSpace
@@ -52,6 +56,19 @@ def test_importances_of_noise_explain_nothing():
     rows = importances(SPACE, {one: float(rng.random()) for one in EVERY})
     assert rows[0]["explained"] < 0.1
     assert importances(SPACE, dict.fromkeys(EVERY, 0.5)) == [] == importances(SPACE, {EVERY[0]: 0.1, EVERY[1]: 0.2})
+
+
+def test_what_only_pairs_decide_is_no_choices_own():
+    space = SearchSpace((Choice("0.kernel", (1, 3)), Choice("1.kernel", (1, 3))))
+    every = [space.at(number) for number in range(4)]
+    assert importances(space, dict(zip(every, (0.75, 0.78125, 0.78125, 0.75), strict=True))) == []
+
+
+def test_images_of_losses_are_spread_and_fit(monkeypatch):
+    images = ImageSet([Sample(Path(str(n)), np.zeros((0, 4)), np.zeros(0)) for n in range(10)], 32, None, cache=False)
+    assert some_images(images) is images
+    monkeypatch.setattr("search.find.LOSS_FLOATS", 3 * 32 * 32 * 4)
+    assert [one.path.name for one in some_images(images).samples] == ["0", "2", "5", "7"]
 
 
 def test_left_out_predictions_are_those_of_fits_without_the_subnet():

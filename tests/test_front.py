@@ -26,6 +26,7 @@ from search.front import (
     on_front,
     ranks,
     score_error,
+    tie,
     ties,
     write_front,
 )
@@ -105,11 +106,18 @@ def test_a_tie_is_judged_by_the_difference_on_the_same_images():
     assert ties([cheap, middle, dear], [True, False, True]) == [(), (), (0,)], "a tie is between points of the front"
 
 
-def test_equal_subnets_are_in_a_tie_and_unmeasured_ones_are_not():
-    same = [judged(0, 0.3, 1, (0.3, 0.3)), judged(1, 0.3, 1, (0.3, 0.3))]
-    assert ties(same, [True, True]) == [(1,), (0,)]
+def test_a_tie_is_with_what_costs_less_and_unmeasured_ones_are_in_none():
+    same = [judged(0, 0.3, 1, (0.3, 0.3)), judged(1, 0.3, 1, (0.3, 0.3)), judged(2, 0.3, 2, (0.3, 0.3))]
+    assert ties(same, [True, True, True]) == [(), (), (0, 1)]
+    assert tie(same[0], same[1])
     assert ties([judged(0, 0.3, 1), judged(1, 0.3, 1)], [True, True]) == [(), ()]
     assert math.isnan(score_error(judged(0, 0.3, 1)))
+
+
+def test_groups_without_a_score_tell_nothing_apart():
+    """A group of images that has all boxes: without it there is no AP."""
+    one, other = judged(0, 0.3, 1, (math.nan, 0.3)), judged(1, 0.9, 2, (math.nan, 0.9))
+    assert tie(one, other) and tie(other, one)
 
 
 def test_the_knee_is_farthest_above_the_chord():

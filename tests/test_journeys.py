@@ -14,6 +14,8 @@ import pytest
 from test_distributed import in_two_processes
 from test_train import MODEL
 
+from data.config import read_data_spec
+from data.readers import read_split
 from data.shapes import draw_shapes
 from engine.export import ENDINGS, NEEDED, PACKAGES
 from engine.infer import main as detect
@@ -22,6 +24,7 @@ from engine.validate import main as val
 from models.checkpoint import load_checkpoint, restore
 from models.parse import parse
 from search.judge import judge
+from search.parts import split_train
 from search.run import main as search
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,6 +264,18 @@ def test_two_processes_train_as_one_and_one_alone_goes_on(data: Path, capsys):
     assert [row["epoch"] for row in rows_of(run / "results.csv")] == ["1", "2", "3"]
     last = load_checkpoint(run / "last.pt")
     assert last.training is not None and (last.training["epoch"], last.training["processes"]) == (3, 1)
+
+
+def test_judging_images_without_a_label_are_told_before_anything_is_trained(tmp_path, capsys):
+    data = draw_shapes(tmp_path, train=40, val=4, size=64, seconds=0.2)
+    samples = read_split(read_data_spec(data), "train").samples
+    for sample in split_train(samples)[1]:
+        (tmp_path / "labels" / "train" / f"{sample.path.stem}.txt").write_text("")
+    (tmp_path / "search.yaml").write_text(SEARCH.replace("{number}", "{choice: [1, 2]}"))
+    options = ["--cfg", tmp_path / "search.yaml", "--data", data, "--imgsz", "64", "--project", tmp_path / "none"]
+    assert search(list(map(str, options))) == 2
+    assert "images that move alphas and judge has a label; label more of them" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

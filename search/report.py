@@ -383,7 +383,7 @@ def kept_order(retrained: Sequence[tuple[int, Mapping[str, float]]]) -> str:
 FILES = {
     "config.yaml": "the options",
     "search.yaml": "the model file as it was searched: every choice named, depth and width multiplied out",
-    "space.json": "the choices, how many subnets they span, and their hash: another space's latency table is refused by it",
+    "space.json": "the choices, how many subnets they span, and a hash that latency tables are told apart by",
     "front.csv": "every judged subnet",
     "front.png": "the front as a picture",
     "importances.csv": "how much each choice matters to the score of the judged subnets",

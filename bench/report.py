@@ -3,6 +3,7 @@
 python bench/report.py              # writes the page and fills the tables, from bench/results alone; seconds
 python bench/report.py --measure    # first, the claims of speed anew, sized for an hour on 2 idle cores: `make bench`
 python bench/report.py --keep       # what was measured so takes the place of bench/results, with date and machine
+python bench/report.py --again      # it stands beside bench/results on the page: another machine's word
 python bench/report.py --check      # writes nothing; exits with 1 where a page is not what bench/results says
 
 `--measure` writes to runs/bench/speed and goes on there where it was stopped; delete the folder to begin anew. It shows
@@ -45,6 +46,7 @@ PAGE = ROOT / "bench" / "RESULTS.md"
 NOW = ROOT / "runs" / "bench" / "speed"
 PEERS = ROOT / "runs" / "peers"
 MADE = "made.json"  # patterns of files, each with the date and the machine of its measurement
+AGAIN = "again.json"  # ratios that another machine measured, with date and machine
 
 Row = tuple[str, ...]
 
@@ -377,7 +379,7 @@ def machines() -> str:
     found: dict[str, list[str]] = {}
     for pattern, (date, machine) in (read(MADE) or {}).items():
         found.setdefault(f"{date}, {machine}", []).append(pattern)
-    most = max(found, key=lambda about: len(found[about]), default="")
+    most = next((about for about, patterns in found.items() if "*" in patterns), "")
     lines = [f"- {about}: {', '.join(f'`{p}`' for p in files)}" for about, files in found.items() if about != most]
     return "\n".join([f"- {most}: all but what follows" if lines else f"- {most}", *lines])
 
@@ -397,6 +399,14 @@ def page() -> str:
         "bootstrap; under 1 the other one is faster. Threads, pairs and versions are in the full tables below.",
         str(speed()),
     ]
+    if other := read(AGAIN):
+        rows = [one[:1] + one[2:0:-1] + one[3:] for one in other["rows"]]
+        agree = sum(one[-1] == "yes" for one in rows)
+        story += [
+            f"{len(rows)} of these were measured once more on another machine ({', '.join(other['about'])}); intervals "
+            f"meet in {agree}:",
+            str(Table(("what", "times as fast, 95 %", "on the other machine", "agree"), tuple(map(tuple, rows)))),
+        ]
     for title, names in SECTIONS.items():
         story.append(f"## {title}")
         for name in names:
@@ -488,13 +498,17 @@ def beside(folder: Path) -> Table:
     return Table(("times as fast", "now", "kept", "agree"), tuple(rows))
 
 
-def keep(folder: Path) -> int:
-    """Move what was measured anew to the kept results, and note date and machine. How many files that were."""
+def here() -> list[str]:
+    """Date and machine."""
     import torch
 
-    files = sorted(folder.glob("*.json"))
     machine = f"{os.cpu_count()} cores of {device_name(torch.device('cpu'))}, torch {torch.__version__}"
-    about = [datetime.date.today().isoformat(), machine]
+    return [datetime.date.today().isoformat(), machine]
+
+
+def keep(folder: Path) -> int:
+    """Move what was measured anew to the kept results, and note date and machine. How many files that were."""
+    files, about = sorted(folder.glob("*.json")), here()
     noted = {name: what for name, what in (read(MADE) or {}).items() if name not in {file.name for file in files}}
     for file in files:
         shutil.move(file, RESULTS / file.name)
@@ -508,12 +522,16 @@ def main() -> int:
     parser.add_argument("--measure", nargs="*", choices=names, metavar="BENCH", help=f"all, or some of {names}")
     parser.add_argument("--out", type=Path, default=NOW, help="folder of what is measured anew")
     parser.add_argument("--keep", action="store_true", help="it takes the place of the kept results")
+    parser.add_argument("--again", action="store_true", help="it stands beside the kept results")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
     failed = 0
     if options.measure is not None:
         failed = measure(options.measure or names, options.out)
         print(beside(options.out))
+    if options.again:
+        content = {"about": here(), "rows": beside(options.out).rows}
+        write_text(RESULTS / AGAIN, json.dumps(content, indent=1) + "\n")
     if options.keep:
         print(f"{keep(options.out)} results are kept")
     for path, text in pages().items():

@@ -15,6 +15,7 @@ from models.graph import Graph
 from models.layout import IMAGE, Layout, layout
 
 COLOURS = 8  # classes c0 to c7 of the page's style; what comes after them is dashed
+PICK = 16.0  # width of a bold character of 27 px, in the diagram of a subnet
 LETTER = 6.5  # width of most characters of a picture's text, 11 px
 LINE = 12.5  # from one label to the next below it
 
@@ -124,8 +125,10 @@ def axes(frame: Frame, x_name: str, y_name: str, x_most: int = 6, y_most: int = 
     return "".join(found)
 
 
-def words(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+def words(x: float, y: float, text: str, kind: str, anchor: str = "start", most: float | None = None) -> str:
+    """A line of text; with `most` squeezed into so many pixels."""
     placed = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    placed += "" if most is None else f' textLength="{most:.0f}" lengthAdjust="spacingAndGlyphs"'
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{placed}>{escaped(text)}</text>'
 
 
@@ -383,11 +386,13 @@ def subnet_diagram(graph: Graph, placed: Layout, picks: Mapping[str, str], best:
         box = placed.boxes[node.index]
         names = [choice.name for choice in node.choices]
         other = any(picks.get(name) != best.get(name) for name in names)
+        text = row_picks(names, picks)
+        room = box.width - 16 if len(text) * PICK > box.width - 16 else None
         found.append(
             f'<g class="searched{" other" if other else ""}"><rect class="box" x="{box.x:.0f}" y="{box.y:.0f}" '
             f'width="{box.width:.0f}" height="{box.height:.0f}" rx="8"/>'
             + words(box.x + 10, box.y + 24, f"{node.layer.name or node.index} {node.op.name}", "op")
-            + words(box.x + box.width / 2, box.y + 62, row_picks(names, picks), "picks", "middle")
+            + words(box.x + box.width / 2, box.y + 62, text, "picks", "middle", room)
             + "</g>"
         )
     return picture(placed.width, placed.height, label, "".join(found), "detector")

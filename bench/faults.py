@@ -367,6 +367,10 @@ MISSED = "struck too early or too late", ""  # it does not count
 FIXED = ("model.yaml", "search.yaml")  # files that are the same from the first second of a run to its last
 
 
+def unclear(ended: Ended) -> tuple[str, str]:
+    return f"{WRONG}no clear line", f"{ended.code} {ended.out[-300:]} {ended.err[-900:]}"
+
+
 def names(folder: Path) -> set[str]:
     """All files of a run, hidden ones excepted."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -414,7 +418,7 @@ def after(one: Strike, ended: Ended) -> Outcome:
     if not (one.folder / "last.pt").exists():
         refused = one.goes_on()
         if not refused.clear:
-            return f"{WRONG}no clear line", refused.err[-300:]
+            return unclear(refused)
         return "nothing was finished yet: one line says so", refused.line
     resumed = one.goes_on()
     kind = "goes on to the same"
@@ -456,7 +460,7 @@ def full(one: Strike) -> Outcome:
             kind, told = through(one)
             return (kind, told) if kind.startswith(WRONG) else MISSED  # there was room enough
         if not ended.clear:
-            return f"{WRONG}no clear line", f"{ended.code} {ended.err[-900:]}"
+            return unclear(ended)
         free()
         return after(one, ended)
 
@@ -471,7 +475,7 @@ def read_only(one: Strike) -> Outcome:
         ended = one.begin(before=before) if fresh else one.goes_on(before=before)
         unseal()
         if not ended.clear:
-            return f"{WRONG}no clear line", f"{ended.code} {ended.err[-600:]}"
+            return unclear(ended)
         return ("told in one line", ended.line) if fresh else after(one, ended)
 
 
@@ -488,7 +492,7 @@ def truncated(one: Strike) -> Outcome:
     cut.write_bytes(content[: one.rng.randrange(len(content))])
     ended = one.begin("--weights", str(cut)) if one.door == "detect" else one.goes_on()
     if not ended.clear or str(cut) not in ended.err:
-        return f"{WRONG}no clear line", f"{ended.code} {ended.err[-600:]}"
+        return unclear(ended)
     if one.door == "detect":
         return "told in one line", ended.line
     cut.write_bytes(content)
@@ -502,7 +506,7 @@ def other_checkpoint(one: Strike) -> Outcome:
         other.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": {"0.weight": torch.zeros(3)}}, other)
         ended = one.begin("--weights", str(other))
-        return ("told in one line", ended.line) if ended.clear else (f"{WRONG}no clear line", ended.err[-600:])
+        return ("told in one line", ended.line) if ended.clear else unclear(ended)
     if not one.half_done():
         return MISSED
     last = one.folder / "last.pt"
@@ -516,7 +520,7 @@ def other_checkpoint(one: Strike) -> Outcome:
     ended = one.goes_on()
     last.write_bytes(content)
     if not ended.clear:
-        return f"{WRONG}no clear line", f"{ended.code} {ended.err[-600:]}"
+        return unclear(ended)
     return after(one, ended)
 
 
@@ -541,7 +545,7 @@ def other_yaml(one: Strike) -> Outcome:
     ended = one.goes_on()
     inside.write_text(content)
     if not ended.clear:
-        return f"{WRONG}no clear line", f"{ended.code} {ended.out[-300:]} {ended.err[-600:]}"
+        return unclear(ended)
     return after(one, ended)  # with its own file again it goes on
 
 
@@ -556,7 +560,7 @@ def other_data(one: Strike) -> Outcome:
     ended = one.goes_on()
     path.write_bytes(content)
     if not ended.clear:
-        return f"{WRONG}no clear line", f"{ended.code} {ended.out[-300:]} {ended.err[-600:]}"
+        return unclear(ended)
     return after(one, ended)
 
 
@@ -584,7 +588,7 @@ def dead_worker(one: Strike) -> Outcome:
     if ended.code == 0:  # its last images had been handed over
         return through(one)
     if not ended.clear:
-        return f"{WRONG}no clear line", f"{ended.code} {ended.err[-900:]}"
+        return unclear(ended)
     return after(one, ended)
 
 
@@ -603,7 +607,7 @@ def not_a_number(one: Strike) -> Outcome:
 
     ended = one.begin(before=before)
     if not ended.clear or "not a finite number" not in ended.line:
-        return f"{WRONG}no clear line", f"{ended.code} {ended.err[-600:]}"
+        return unclear(ended)
     return after(one, ended)
 
 

@@ -38,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def from_zero(text: str) -> int:
+    """A whole number that is not negative, for `argparse`."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from 0 is right")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data", description="Draws, checks, converts, divides data sets.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}")
@@ -47,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     checks = commands.add_parser("check", help="print what a data set holds, and every fault in it")
     checks.add_argument("data", help=data)
     checks.add_argument("--html", metavar="FILE", help="also write a page with pictures and boxes")
-    checks.add_argument("--pictures", type=int, default=60, help="on that page, at most")
-    checks.add_argument("--seed", type=int, default=0, help="of the choice of pictures")
+    checks.add_argument("--pictures", type=from_zero, default=60, help="on that page, at most")
+    checks.add_argument("--seed", type=from_zero, default=0, help="of the choice of pictures")
     checks.add_argument("--decode", action="store_true", help="decode every image, which takes its time")
 
     converts = commands.add_parser("convert", help="write a data set in another format")
@@ -62,11 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     splits.add_argument("parts", nargs="+", metavar="PART=SHARE", help="as train=0.8 val=0.1 test=0.1")
     splits.add_argument("-o", "--out", required=True, metavar="FOLDER", help="for the lists and data.yaml")
     splits.add_argument("--of", nargs="+", choices=SPLITS, default=(), help="the splits to divide (default: all)")
-    splits.add_argument("--seed", type=int, default=0)
+    splits.add_argument("--seed", type=from_zero, default=0)
 
     shapes = commands.add_parser("shapes", help="draw the data set of shapes, unless it is there")
     shapes.add_argument("folder", help="where to, as datasets/shapes")
-    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument("--seed", type=from_zero, default=0)
     return parser
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from data.config import BOXES, SPLITS, DataSpec
@@ -98,6 +99,16 @@ def check(path: str | Path, decode: bool = False) -> Report:
     return Report(data, splits, tuple(faults), problems, copies(held), tuple(idle))
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a JPEG can be decoded to its end, whatever stands behind it: phones append a video to a photo."""
+    try:
+        with Image.open(path, formats=("JPEG",)) as image:
+            image.load()
+        return True
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
 def _broken_images(name: str, split: Split, decode: bool) -> Iterator[Problem]:
     """JPEG and PNG files without their end; with `decode`, every image that cannot be decoded."""
     samples = tqdm(split.samples, f"looking at {name} images", unit="image", delay=2, leave=False)
@@ -106,7 +117,7 @@ def _broken_images(name: str, split: Split, decode: bool) -> Iterator[Problem]:
             head = file.read(8)
             file.seek(max(0, os.path.getsize(path) - 4096))
             tail = file.read()
-        if head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail:
+        if head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail and not _is_whole(path):
             yield Problem(CUT_SHORT, str(path), "the end of the JPEG is missing; get the file again, or remove it")
         elif head.startswith(b"\x89PNG") and b"IEND" not in tail:
             yield Problem(CUT_SHORT, str(path), "the end of the PNG is missing; get the file again, or remove it")

@@ -97,7 +97,7 @@ class DataSpec:
 
     def place(self, source: str) -> Path:
         """Where a source lies. Some tools write ``../train/images`` for ``train/images``; that is understood."""
-        place = Path(os.path.abspath(self.root / Path(source).expanduser()))
+        place = Path(os.path.abspath(self.root / os.path.expanduser(source)))
         if source.startswith("../") and not place.exists():
             inside = Path(os.path.abspath(self.root / source.removeprefix("../")))
             return inside if inside.exists() else place
@@ -174,7 +174,7 @@ def read_data_spec(path: str | Path) -> DataSpec:
     if "void" in values and kind != "masks":
         raise fault("void", f"void is given, but format is {kind}; only masks have ids of no class")
 
-    root = Path(os.path.abspath(path.parent / Path(word("path") or ".").expanduser()))
+    root = Path(os.path.abspath(path.parent / os.path.expanduser(word("path") or ".")))
     spec = DataSpec(
         path,
         (),
@@ -251,7 +251,7 @@ def _ids(path: Path, node: yaml.Node) -> tuple[int, ...]:
     found = []
     for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
         text = item.value if isinstance(item, yaml.ScalarNode) else _kind(item)
-        if not (text.isascii() and text.isdecimal() and int(text) < MOST_IDS):
+        if not (text.isascii() and text.isdecimal() and len(text) <= 3 and int(text) < MOST_IDS):
             where = f"{path}:{item.start_mark.line + 1}"
             raise Fault(f"{where}: void holds {text!r}; ids from 0 to {MOST_IDS - 1} are right, as void: 11 or [0, 11]")
         found.append(int(text))

@@ -61,7 +61,8 @@ def write_contact_sheet(path: str | Path, report: Report, most: int = 60, seed: 
         raise Fault(f"{path}: the folder {path.parent} does not exist; make it, or name another")
     if path.is_dir():
         raise Fault(f"{path}: is a folder; name a file, as {path / 'sheet.html'}")
-    write_text(path, "".join(f"{part}\n" for part in _page(report, most, seed)))
+    text = "".join(f"{part}\n" for part in _page(report, most, seed))
+    write_text(path, text.encode(errors="replace").decode())  # file names may be of no encoding
 
 
 def _page(report: Report, most: int, seed: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -326,5 +327,5 @@ def cached_path(path: Path, longest: int, reduction: int) -> Path:
     except OSError:
         raise Fault(f"{path}: there is no such image; correct the list, or put the image there") from None
     told = "\0".join(map(str, (CACHE_VERSION, path.resolve(), found.st_size, found.st_mtime_ns, longest, reduction)))
-    name = hashlib.sha256(told.encode()).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(told)).hexdigest()[:32]
     return cache_folder() / "images" / name[:2] / f"{name}.npy"

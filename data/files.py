@@ -61,11 +61,14 @@ def read_bytes(path: str | Path, most: int) -> bytes:
 def compose_yaml(text: str) -> yaml.Node | None:
     """The nodes of a YAML text, tags not followed. Raises `yaml.YAMLError` for what is none or is nested too deep."""
     level = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before `compose`, which goes as deep as it finds
-        level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if level > DEEPEST_YAML:
-            raise yaml.YAMLError(f"nested deeper than {DEEPEST_YAML} levels")
-    return yaml.compose(text, Loader=yaml.SafeLoader)
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before `compose`, which goes as deep as it finds
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if level > DEEPEST_YAML:
+                raise yaml.YAMLError(f"nested deeper than {DEEPEST_YAML} levels")
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except (ValueError, OverflowError):  # of a letter's number, as "\U00110000", or a version's
+        raise yaml.YAMLError("it holds a number that is out of range") from None
 
 
 def cache_folder() -> Path:

@@ -145,6 +145,8 @@ def _jpeg_size(file: BinaryIO) -> tuple[int, int] | None:
         if code in (0xD9, 0xDA):
             return None
         (length,) = struct.unpack(">H", file.read(2))
+        if length < 2:  # it counts itself
+            return None
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
             _, height, width = struct.unpack(">BHH", file.read(5))
             return (height, width) if sideways else (width, height)

@@ -66,7 +66,7 @@ def read_ids(path: str | Path) -> np.ndarray:
     try:  # Pillow's: OpenCV gives the colours of a palette and hides the places
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             ids = np.array(image, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise Fault(f"{path}: cannot be read as a PNG; save it again") from None
     if colour == GREY and 1 < depth < 8:
         ids = ids // (255 // (2**depth - 1))  # greys of few bits come stretched to 0 to 255

@@ -78,7 +78,10 @@ def draw_shapes(
     if folder.exists() and not stamp_file.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise Fault(f"{folder}: holds something that was not drawn here; name a new folder, or empty this one")
 
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    whole = Path(os.path.abspath(folder))
+    if whole == Path.cwd():
+        raise Fault(f"{folder}: is the folder that you are in, which cannot be replaced; name a new one in it")
+    partial = whole.with_name(f".{whole.name}.{os.getpid()}")
     try:
         for purpose, split, count in ((TRAIN, "train", train), (VAL, "val", val)):
             (partial / "images" / split).mkdir(parents=True)

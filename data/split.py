@@ -48,12 +48,11 @@ def split_data(
     same = copies([("", sample.path) for sample in samples])
     part_of = divide(samples, len(data.names), list(shares.values()), seed, same)
 
+    lines = [_line(folder, sample.path) for sample in samples]
     folder.mkdir(parents=True, exist_ok=True)
     for part, name in enumerate(shares):
-        lines = [
-            _line(folder, sample.path) for sample, of_part in zip(samples, part_of, strict=True) if of_part == part
-        ]
-        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines))
+        of_part = (line for line, its_part in zip(lines, part_of, strict=True) if its_part == part)
+        write_text(folder / f"{name}.txt", "".join(f"{line}\n" for line in of_part))
     write_text(folder / "data.yaml", _yaml(data, folder, list(shares), chosen))
     if data.format == "coco":
         _check_found(folder, files, samples)
@@ -156,8 +155,10 @@ def _fill_empty(part_U: np.ndarray, parts: int) -> None:
 def _line(folder: Path, image: Path) -> str:
     """An image as a list names it, from the list's folder on."""
     line = Path(os.path.relpath(image, folder)).as_posix()
-    if line != line.strip() or line.splitlines() != [line]:
-        raise Fault(f"{str(image)!r}: a list cannot hold this name; rename the file without line breaks or end blanks")
+    if line != line.strip() or line.splitlines() != [line] or line.encode(errors="ignore").decode() != line:
+        raise Fault(
+            f"{str(image)!r}: a list cannot hold this name; rename the file: UTF-8, no line breaks, no end blanks"
+        )
     return line
 
 

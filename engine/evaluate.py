@@ -242,7 +242,7 @@ def coco_results(
     are written in full, so that measuring the file gives what was printed.
     """
     ids: Sequence[Any] = [sample.image_id for sample in samples]
-    if None in ids:
+    if None in ids or len(set(ids)) < len(ids):  # several JSONs may number theirs alike
         ids = file_names(samples)
         ids = [int(name) for name in ids] if all(name.isdecimal() and name.isascii() for name in ids) else ids
     return [

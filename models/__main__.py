@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from data.files import write_text
+from data.files import LARGEST_YAML, compose_yaml, read_bytes, write_text
 from data.structures import PROGRAM, Fault, nearest, version
 from models import convert, diff, draw, show
 from models.cost import RowCost, network_costs
@@ -209,6 +209,10 @@ def _costs(graph: Graph, imgsz: int, supernet: str | None = None) -> list[RowCos
 
 
 def _check_size(graph: Graph, imgsz: int) -> None:
+    from models.checkpoint import LARGEST_IMGSZ
+
+    if imgsz > LARGEST_IMGSZ:
+        raise Fault(f"--imgsz {imgsz}: {LARGEST_IMGSZ:,} pixels at most are right")
     if imgsz < 1 or imgsz % graph.max_stride:
         raise Fault(f"--imgsz {imgsz}: {graph.spec.path} needs a multiple of its largest stride {graph.max_stride}")
 
@@ -219,15 +223,15 @@ def _note(text: str) -> None:
 
 def _names(path: Path) -> tuple[str, ...]:
     """The classes that a data set's YAML lists, or the lines of a text file."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix not in (".yaml", ".yml"):
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        text = read_bytes(path, LARGEST_YAML).decode("utf-8")
+        if path.suffix not in (".yaml", ".yml"):
+            return tuple(line.strip() for line in text.splitlines() if line.strip())
+        root = compose_yaml(text)
+    except UnicodeDecodeError:
+        raise Fault(f"{path}: not a text file in UTF-8") from None
     except yaml.YAMLError as problem:
         raise Fault(f"{path}: not valid YAML: {str(problem).splitlines()[0]}") from None
-    except RecursionError:
-        raise Fault(f"{path}: not valid YAML: lists in lists in lists") from None
     given = {str(key.value): value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
     nodes = given["names"].value if isinstance(given.get("names"), yaml.CollectionNode) else []
     if isinstance(given.get("names"), yaml.MappingNode):

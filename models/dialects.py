@@ -713,9 +713,11 @@ def _which_scale(spec: ModelSpec, extra: Mapping[str, tuple[Any, Where]], asked:
             f"{{n: [0.33, 0.25, 1024]}}; got {clip(flow(scales))}"
         )
     stated, stated_at = extra.get("scale", (None, where))
-    for wanted, origin in ((asked, f"--scale {asked}"), (stated, f"{stated_at}: scale {stated}")):
-        if wanted is not None and wanted not in scales:
-            raise Fault(f"{origin} is none of this file's scales{nearest(wanted, scales) or ': ' + ', '.join(scales)}")
+    for wanted, origin in ((asked, f"--scale {asked}"), (stated, f"{stated_at}: scale {clip(flow(stated))}")):
+        if wanted is not None and (not isinstance(wanted, str) or wanted not in scales):
+            raise Fault(
+                f"{origin} is none of this file's scales{nearest(str(wanted), scales) or ': ' + ', '.join(scales)}"
+            )
     found = SCALED_NAME.search(Path(spec.path).stem)
     named = found[1] if found and found[1] in scales else None
     chosen = asked or stated or named or (next(iter(scales)) if len(scales) == 1 else None)
@@ -756,6 +758,8 @@ def _outputs_into_head(spec: ModelSpec) -> ModelSpec:
                 f"{row_place(index, layers[index])}: nn.Conv2d is read as an output row before Detect only, "
                 f"[na * (nc + 5), 1, 1]"
             )
+        elif len(sources[index]) != 1:
+            faults.append(f"{row_place(index, layers[index])}: an output row reads one row, not {len(sources[index])}")
     for index, layer in enumerate(layers[:head]):
         for source in set(outputs).intersection(sources[index]):
             faults.append(f"{row_place(index, layer)}: reads row {source}, an output row, which only Detect may read")

@@ -54,6 +54,8 @@ def import_weights(
     row that takes none, where the classes are not as many as `names`, where an EfficientNet or residual network does
     not fit as a whole, and for a file that is no state dict. Nothing in the file is ever run.
     """
+    if spec.choices:
+        raise Fault(f"{spec.path}: has open choices; weights are imported into a plain network")
     state, graph = _state_dict(path), resolve(spec)
     named = _by_name(path, state, graph)
     rows, notes, usual = named or (*_by_row(path, state), "none")

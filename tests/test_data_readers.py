@@ -172,7 +172,23 @@ def test_an_unreadable_image_loses_itself(tmp_path: Path) -> None:
 def test_hidden_files_are_no_images(tmp_path: Path) -> None:
     data = yolo_set(tmp_path, "0 .5 .5 .5 .5")
     (tmp_path / "images/train/._0.png").write_bytes(b"what some systems leave beside a file")
-    assert read_split(data, "train").notes == ()
+    (tmp_path / "images/train/.ipynb_checkpoints").mkdir()
+    image(tmp_path / "images/train/.ipynb_checkpoints/0-checkpoint.png")
+    split = read_split(data, "train")
+    assert split.notes == () and len(split.samples) == 1
+
+
+@pytest.mark.parametrize("encoding", ["GBK", "Shift_JIS", "foo"])
+def test_an_xml_of_an_encoding_that_is_not_known_costs_one_image(tmp_path: Path, encoding: str) -> None:
+    good = xml(("dog", (1, 2, 12, 13)))
+    data = voc_set(tmp_path, f'<?xml version="1.0" encoding="{encoding}"?>{good}', good)
+    split = read_split(data, "train")
+    assert len(split.samples) == 1 and "save it as UTF-8" in split.notes[0]
+
+
+def test_a_box_that_float32_makes_nothing_of_is_none(tmp_path: Path) -> None:
+    split = read_split(yolo_set(tmp_path, "0 .5 .5 1e-9 1e-9\n0 .5 .5 .5 .5"), "train")
+    assert len(split.samples[0].boxes) == 1 and "has no area" in split.notes[0]
 
 
 def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:

@@ -51,7 +51,37 @@ head:
 """
 
 
+# ---- YAML
+
+
+@pytest.mark.parametrize("text", ['names: ["\\U00110000"]\ntrain: a\n', "%YAML " + "9" * 5000 + ".1\n---\ntrain: a\n"])
+def test_numbers_out_of_range_in_a_data_yaml_are_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(Fault, match="data.yaml"):
+        read_data_spec(tmp_path / "data.yaml")
+
+
+@pytest.mark.parametrize(
+    "command", ["check {0} --seed -1", "check {0} --pictures -1", "shapes {0} --seed -1", "shapes ."]
+)
+def test_wrong_numbers_and_places_on_the_command_line_are_told(tmp_path, command, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = data_main(command.format("there").split())
+    except SystemExit as left:  # argparse's
+        code = left.code
+    assert code == 2 and "Traceback" not in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
 # ---- images
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_jpeg_whose_segment_has_no_length_is_no_picture(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"\xff\xd8\xff\xe0" + struct.pack(">H", length) + bytes(64))
+    with pytest.raises(Fault):
+        image_size(path)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

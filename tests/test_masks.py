@@ -143,6 +143,18 @@ def test_the_yaml_names_other_folders_of_masks(place: Path, text: str) -> None:
     assert mask is not None and mask.path == place / "ids/deep/1.png" and split.notes == ()
 
 
+def test_lists_with_masks_of_their_own_are_told_apart(place: Path) -> None:
+    """Both splits number their images alike: each has its own mask."""
+    for split in ("train", "val"):
+        (place / f"{split}.txt").write_text(f"images/{split}/1.png\n")
+    (place / "masks/train/1.png").write_bytes((place / "masks/val/1.png").read_bytes())
+    text = "train: train.txt\nval: val.txt\ntrain_masks: masks/train\nval_masks: masks/val\n"
+    data = read(place, f"{text}format: masks\nvoid: 3\nnames: [sky, road, car]\n")
+    for split in ("train", "val"):
+        for sample in read_split(data, split).samples:
+            assert sample.mask is not None and sample.mask.path == place / "masks" / split / "1.png"
+
+
 def test_what_is_wrong_with_a_mask_is_told_and_costs_its_image(place: Path) -> None:
     folder = place / "masks/train"
     ids = scene(0)

@@ -75,7 +75,9 @@ def read_split(data: DataSpec, split: str) -> Split:
         raise Fault(f"{data.path}: there is no {split!r} entry; add one, as {split}: images/{split}")
     check_root(data)
 
-    listed, missing = ([], []) if data.format == "coco" else list_images(data, split)
+    endings = {source.suffix for source in data.sources(split)}
+    found_by_json = data.format == "coco" and (".txt" not in endings or ".json" in endings)
+    listed, missing = ([], []) if found_by_json else list_images(data, split)
     inputs = inputs_of(data, split, listed)
     found = find(data, split, inputs)
     if found is None:
@@ -122,7 +124,7 @@ def _of_masks(data: DataSpec, split: str, images: list[str], problems: list[Prob
     for folder in data.masks(split):
         if not folder.is_dir():
             raise Fault(f"{data.path}: {folder} does not exist; {split}_masks names a folder of masks")
-    paths = [masks.label_path(data, image) for image in images]
+    paths = [masks.label_path(data, image, split) for image in images]
     return Listing(images, lambda at, size: masks.read_labels(data, images[at], paths[at], size), paths, problems)
 
 
@@ -150,7 +152,7 @@ def _read(data: DataSpec, split: str, listing: Listing) -> Split:
 
 def _sample(path: Path, found: Labels, size: tuple[int, int], problems: list[Problem]) -> Sample:
     """Clips boxes ``[M, 4]`` to the image and leaves out those of which nothing is left, or that stand there twice."""
-    clipped = found.boxes.clip(0, np.array([*size, *size]))
+    clipped = found.boxes.clip(0, np.array([*size, *size])).astype(np.float32)  # in which a narrow box may be none
     kept: np.ndarray = np.all(clipped[:, 2:] > clipped[:, :2], axis=1)
     moved = np.abs(clipped - found.boxes).max(axis=1, initial=0)
     for index in np.flatnonzero(~kept | (moved > 1)).tolist():
@@ -158,7 +160,7 @@ def _sample(path: Path, found: Labels, size: tuple[int, int], problems: list[Pro
         box = f"the box from {x1:g}, {y1:g} to {x2:g}, {y2:g}"
         if kept[index]:
             kind, text = CLIPPED, f"{box} reaches out of the image of {size[0]}x{size[1]} pixels"
-        elif x2 > x1 and y2 > y1:
+        elif np.float32(x2) > np.float32(x1) and np.float32(y2) > np.float32(y1):
             kind, text = OUTSIDE, f"{box} is wholly outside the image of {size[0]}x{size[1]} pixels"
         else:
             kind, text = NO_AREA, f"{box} has no area"
@@ -170,7 +172,7 @@ def _sample(path: Path, found: Labels, size: tuple[int, int], problems: list[Pro
             kept[index] = False
             text = f"the same box of the same class as at {found.where(first[row])}"
             problems.append(Problem(TWICE, found.where(index), text))
-    boxes = clipped.astype(np.float32)
+    boxes = clipped
     trained, ignored = kept & (found.uses == TRAINED), kept & (found.uses != TRAINED)
     return Sample(
         path,

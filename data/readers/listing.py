@@ -37,7 +37,8 @@ def list_images(data: DataSpec, split: str) -> tuple[list[str], list[Problem]]:
 
 def _in_folder(folder: Path) -> list[str]:
     found = []
-    for here, _, names in os.walk(folder):
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
         start = here if here.endswith(os.sep) else here + os.sep
         found += [start + name for name in names if name[0] != "." and name.lower().endswith(SUFFIXES)]
     return sorted(found, key=lambda path: path.split(os.sep))

@@ -32,23 +32,25 @@ __all__ = ["SUFFIX", "label_path", "read_labels"]
 IMAGES, MASKS = f"{os.sep}images{os.sep}", f"{os.sep}masks{os.sep}"
 
 
-def label_path(data: DataSpec, image: str) -> str:
+def label_path(data: DataSpec, image: str, split: str | None = None) -> str:
     """The mask of an image: at its place below the folder of masks that belongs to its own folder.
 
-    An image of a list is looked for by its name alone. Without a folder of masks, the last folder called ``images`` in
-    the image's path becomes ``masks``, and where there is none, the mask lies beside the image.
+    An image of a list is looked for by its name alone, first in the masks of its `split`, where that is said. Without a
+    folder of masks, the last folder called ``images`` in the image's path becomes ``masks``, and where there is none,
+    the mask lies beside the image.
     """
-    for split in SPLITS:
-        sources, masks = data.sources(split), data.masks(split)
-        for source, folder in zip(sources, masks * len(sources) if len(masks) == 1 else masks, strict=False):
-            place = f"{source}{os.sep}"
-            if image.startswith(place):
-                return os.path.splitext(os.path.join(folder, image.removeprefix(place)))[0] + SUFFIX
-    for split in SPLITS:
-        listed = [source for source in data.sources(split) if source.suffix == ".txt"]
-        if listed and len(data.masks(split)) == 1:
-            name = os.path.splitext(os.path.basename(image))[0]
-            return os.path.join(data.masks(split)[0], name + SUFFIX)
+    for splits in [SPLITS] if split is None else [(split,), SPLITS]:
+        for one in splits:
+            sources, masks = data.sources(one), data.masks(one)
+            for source, folder in zip(sources, masks * len(sources) if len(masks) == 1 else masks, strict=False):
+                place = f"{source}{os.sep}"
+                if image.startswith(place):
+                    return os.path.splitext(os.path.join(folder, image.removeprefix(place)))[0] + SUFFIX
+        for one in splits:
+            listed = [source for source in data.sources(one) if source.suffix == ".txt"]
+            if listed and len(data.masks(one)) == 1:
+                name = os.path.splitext(os.path.basename(image))[0]
+                return os.path.join(data.masks(one)[0], name + SUFFIX)
     before, found, behind = image.rpartition(IMAGES)
     return os.path.splitext(f"{before}{MASKS}{behind}" if found else image)[0] + SUFFIX
 

@@ -142,4 +142,6 @@ def _objects(path: Path) -> list[tuple[int, dict[str, str]]] | Problem:
     except Fault as fault:
         where = str(path) if str(fault).startswith(f"{path}: ") else f"{path}:{parser.CurrentLineNumber}"
         return Problem(LABEL_FILE, where, str(fault).removeprefix(f"{path}: "))
+    except (ValueError, LookupError) as problem:  # an encoding that expat does not know
+        return Problem(LABEL_FILE, str(path), f"cannot be read: {problem}; save it as UTF-8")
     return objects

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -50,7 +51,7 @@ from search.report import write_report
 from search.retrain import retrain, retrain_table, trained_on
 from search.sandwich import sizes
 from search.space import SearchSpace
-from search.storage import JOURNAL, Limits, Queue, check_address, close, create, open_storage
+from search.storage import JOURNAL, Limits, Queue, beating, check_address, close, create, open_storage
 from search.tabulate import latency_table, read_table
 from search.train import check_supernet, lengths, reopen, train_supernet, weight_batches
 from search.worker import ABOUT, help_judging
@@ -179,7 +180,8 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     known = Found()
     stopped = False
     try:
-        find(trial, known, folder)
+        with beating(trial.queue) if trial.queue else nullcontext():
+            find(trial, known, folder)
     except (KeyboardInterrupt, TimeoutError) as stop:
         if not known.judged:
             raise

@@ -198,9 +198,10 @@ def judge_subnets(trial: Trial, subnets: Mapping[Architecture, float | None], fo
             gather(trial.queue, asked, evaluate, done, trial.limits)
             continue
         tickets = [Ticket(place, one, said) for place, (one, said) in enumerate(asked.items())]
-        for start in range(0, len(tickets), HANDFUL):
-            trial.limits.left(len(found.judged) + len(found.given_up))
-            evaluate(tickets[start : start + HANDFUL], lambda ticket, outcome: done(ticket.architecture, outcome))
+        while tickets:
+            count = min(HANDFUL, trial.limits.left(len(found.judged) + len(found.given_up)))
+            evaluate(tickets[:count], lambda ticket, outcome: done(ticket.architecture, outcome))
+            tickets = tickets[count:]
 
 
 def costs_of(trial: Trial, subnets: Sequence[Architecture]) -> dict[Architecture, dict[str, float]]:

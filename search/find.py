@@ -316,6 +316,8 @@ def study_name(trial: Trial, folder: Path) -> str:
     for name, tensor in sorted(trial.supernet.network.state_dict().items()):
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for images in trial.calibration:  # as the bytes that they were: on two devices fractions of 255 may round apart
+        found.update((images.detach().cpu() * 255).round().to(torch.uint8).numpy().tobytes())
     how = (config.imgsz, config.batch_size, config.calibration, config.prune, config.seed, config.budget)
     found.update(f"{trial.space.hash} {images_hash(trial.images.samples)} {how}".encode())
     return f"{folder.resolve().name} {found.hexdigest()[:12]}"

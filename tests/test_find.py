@@ -17,7 +17,7 @@ from models.parse import parse
 from models.spec import Choice
 from models.supernet import Supernet
 from search.config import SearchConfig
-from search.find import Found, Trial, beats, first_places, judge_subnets
+from search.find import Found, Trial, beats, first_places, judge_subnets, study_name
 from search.front import Judged
 from search.optimise import fitted, importances
 from search.space import Architecture, SearchSpace
@@ -108,3 +108,13 @@ def test_a_process_alone_judges_no_more_than_its_trials(trial: Trial, monkeypatc
     with pytest.raises(TimeoutError, match=f"--trials {limits.trials} are done"):
         judge_subnets(replace(trial, limits=limits), {trial.space.at(n): None for n in range(12)}, found)
     assert taken == handfuls and len(found.judged) == limits.trials
+
+
+def test_scores_with_other_calibration_images_have_another_name(trial: Trial, tmp_path: Path):
+    name = study_name(trial, tmp_path)
+    first, second = trial.calibration
+    pixels = [(images * 255).round() for images in trial.calibration]
+    assert study_name(replace(trial, calibration=[one / 255 for one in pixels]), tmp_path) == name
+    assert study_name(replace(trial, calibration=[one * (1 / 255) for one in pixels]), tmp_path) == name
+    for other in ([second, first], [first], [first, 1 - second]):
+        assert study_name(replace(trial, calibration=other), tmp_path) != name

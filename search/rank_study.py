@@ -19,14 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data.structures import Fault
-from engine.config import MOVABLE, RunConfig, TrainConfig, checked, read_options
+from engine.config import MOVABLE, TrainConfig, checked, read_options
 from engine.doors import door, option_parser, parse_options
 from engine.runs import read_csv, table, write_text
 from engine.tasks import Task
 from engine.train import train
 from models.graph import resolve
 from models.parse import dump
-from search.config import SearchConfig
+from search.config import SearchConfig, training_of
 from search.costs import CostTable, cost_tables
 from search.find import Found, Trial, judge_subnets
 from search.plots import Frame, axes, escaped, picture, spanned, words
@@ -147,17 +147,8 @@ def trained(
     if unfinished and (run / "last.pt").is_file():
         train(TrainConfig(resume=run, device=config.device, data=config.data, workers=config.workers), progress)
     elif unfinished:
-        shared = {field: getattr(config, field) for field in RunConfig.model_fields if field in config.model_fields_set}
-        own: dict[str, Any] = {
-            "cfg": model,
-            "dialect": None,
-            "weights": None,
-            "epochs": epochs,
-            "seed": seed,
-            "exist_ok": True,
-        }
-        own |= {"project": project, "name": name}
-        train(TrainConfig(**shared | own, patience=epochs, noplots=True), progress)
+        own = {"cfg": model, "epochs": epochs, "project": project, "name": name, "patience": epochs}
+        train(training_of(config.model_copy(update={"seed": seed}), **own), progress)
     column = trial.task.columns[0]
     curve = [float(row[column]) for row in read_csv(run / "results.csv") if row.get(column)]
     for checkpoint in run.glob("*.pt"):

@@ -11,13 +11,13 @@ import torch
 
 from data.config import DataSpec
 from data.dataset import ImageSet
-from engine.config import RunConfig, TrainConfig
+from engine.config import TrainConfig
 from engine.runs import append_csv, read_csv, table
 from engine.tasks import Task, evaluate
 from engine.train import train
 from models.checkpoint import load_checkpoint, restore
 from models.network import Network
-from search.config import SearchConfig
+from search.config import SearchConfig, training_of
 from search.front import Judged
 
 FINE_TUNING = 5  # a fine-tuning takes this part of the retraining's epochs: a fifth
@@ -87,10 +87,7 @@ def _or_none(value: float) -> float | None:
 
 def continued(config: SearchConfig, weights: Path, epochs: int, project: Path, name: str) -> TrainConfig:
     """The training of a subnet with the options that its search had; its YAML is in `weights`."""
-    shared = {field: getattr(config, field) for field in RunConfig.model_fields if field in config.model_fields_set}
-    own = {"cfg": None, "cfg_scale": None, "weights": weights, "epochs": epochs}
-    place = {"project": project, "name": name, "exist_ok": True}
-    return TrainConfig(**shared | own | place, noval=True, noplots=True)
+    return training_of(config, weights=weights, epochs=epochs, project=project, name=name, noval=True)
 
 
 def retrain_table(rows: Sequence[dict[str, Any]]) -> str:

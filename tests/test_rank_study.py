@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from test_search import CLASSIFIER, draw_classes
 
 from data.structures import Fault
+from engine.config import RunConfig
 from models.spec import Choice
 from search import rank_study
+from search.config import SearchConfig, training_of
 from search.costs import CostTable
 from search.rank import kendall_tau, tau_within
 from search.rank_study import Planned, agreements, main, rising, stratified
+from search.report_data import ONLY_SEARCHED, changed
+from search.retrain import continued
 from search.run import main as search
 from search.space import SearchSpace
 
@@ -61,6 +65,20 @@ def test_a_perfect_supernet_reaches_the_ceiling_and_noise_does_not(monkeypatch):
 
 def test_a_curve_that_rises_at_its_end_is_told():
     assert rising([0.1] * 4 + [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]) and not rising([0.5] * 10) and not rising([0.1, 0.9])
+
+
+def test_the_size_of_the_searched_yaml_is_not_one_of_its_subnets(tmp_path: Path):
+    """Of all options that both have, a training has those of the search but for the search's own."""
+    config = SearchConfig(cfg=tmp_path / "sizes.yaml", scale="n", dialect="yolov8", weights=tmp_path / "a.pt", imgsz=64)
+    assert config.cfg_scale == "n"
+    alone = training_of(config, cfg=tmp_path / "7.yaml", epochs=3)
+    on = continued(config, tmp_path / "7.pt", 3, tmp_path, "7")
+    for training, cfg, weights in ((alone, tmp_path / "7.yaml", None), (on, None, tmp_path / "7.pt")):
+        assert (training.cfg, training.weights, training.epochs, training.imgsz) == (cfg, weights, 3, 64)
+        assert training.cfg_scale is training.dialect is None
+    given = {name: str(value) for name, value in config.model_dump(mode="json").items() if value is not None}
+    words = changed(given, RunConfig.model_fields, ONLY_SEARCHED)
+    assert "--imgsz" in words and not {"--cfg-scale", "--dialect", "--cfg", "--weights"} & set(words)
 
 
 def test_a_study_of_a_search_goes_on_where_it_was(tmp_path: Path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,17 @@ from hypothesis import strategies as st
 from test_search import CLASSIFIER, draw_classes
 
 from data.structures import Fault
-from engine.config import RunConfig
+from engine.config import RunConfig, TrainConfig, checked, read_options
+from engine.runs import read_csv
+from engine.train import train
 from models.spec import Choice
-from search import rank_study
+from search import rank_study, retrain
 from search.config import SearchConfig, training_of
 from search.costs import CostTable
 from search.rank import kendall_tau, tau_within
 from search.rank_study import Planned, agreements, main, rising, stratified
 from search.report_data import ONLY_SEARCHED, changed
-from search.retrain import continued
+from search.retrain import continued, epochs_done, trained_once
 from search.run import main as search
 from search.space import SearchSpace
 
@@ -81,17 +84,88 @@ def test_the_size_of_the_searched_yaml_is_not_one_of_its_subnets(tmp_path: Path)
     assert "--imgsz" in words and not {"--cfg-scale", "--dialect", "--cfg", "--weights"} & set(words)
 
 
-def test_a_study_of_a_search_goes_on_where_it_was(tmp_path: Path, capsys, monkeypatch):
-    data = draw_classes(tmp_path)
-    (tmp_path / "search.yaml").write_text(CLASSIFIER)
-    words = ["--cfg", tmp_path / "search.yaml", "--data", data, "--imgsz", 32, "--epochs", 1, "--batch-size", 2]
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory) -> Path:
+    """The folder of a finished search of 12 subnets: one epoch of three steps."""
+    folder = tmp_path_factory.mktemp("study")
+    data = draw_classes(folder)
+    (folder / "search.yaml").write_text(CLASSIFIER)
+    words = ["--cfg", folder / "search.yaml", "--data", data, "--imgsz", 32, "--epochs", 1, "--batch-size", 2]
     words += ["--arch-every", 1, "--candidates", 1, "--calibration", 6, "--amp", "off", "--device", "cpu"]
-    assert search(list(map(str, [*words, "--project", tmp_path / "runs"]))) == 0
-    folder = tmp_path / "runs" / "exp"
-    trainings = []
-    one = rank_study.train
+    words += ["--retrain", 1, "--retrain-epochs", 5]
+    assert search(list(map(str, [*words, "--project", folder / "runs"]))) == 0
+    return folder / "runs" / "exp"
+
+
+@pytest.fixture
+def folder(searched: Path, tmp_path: Path) -> Path:
+    """A copy of it, for one test."""
+    return Path(shutil.copytree(searched, tmp_path / "exp"))
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list[TrainConfig]:
+    """The trainings that are begun, or go on, from here."""
+    found: list[TrainConfig] = []
+    for module in (retrain, rank_study):
+        monkeypatch.setattr(module, "train", lambda config, progress: found.append(config) or train(config, False))
     monkeypatch.setattr(rank_study, "RESAMPLES", 20)
-    monkeypatch.setattr(rank_study, "train", lambda config, progress: trainings.append(config) or one(config, False))
+    return found
+
+
+def stop_after(epochs: int, monkeypatch) -> None:
+    """Ctrl-C when so many epochs more are done and saved."""
+    left = iter(range(epochs - 1))
+
+    def pressed(*_, **__) -> str:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr("engine.train.epoch_line", pressed)
+
+
+# ---- retraining
+
+
+def losses_of(run: Path) -> list[str]:
+    return [row["loss"] for row in read_csv(run / "results.csv")]
+
+
+def test_a_retraining_that_was_stopped_goes_on_with_its_search(searched: Path, folder: Path, trainings, monkeypatch):
+    """The fine-tuning is of one epoch and done, the retraining has two of five."""
+    (whole,) = (searched / "retrain").glob("*-retrained")
+    shutil.rmtree(folder / "retrain")
+    (folder / "retrain.csv").unlink()
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        assert search(["--resume", str(folder)]) == 130
+    assert len(losses_of(folder / "retrain" / whole.name)) == 2 and len(trainings) == 2
+    assert search(["--resume", str(folder)]) == 0
+    assert [config.resume for config in trainings] == [None, None, folder / "retrain" / whole.name]
+    assert read_csv(folder / "retrain.csv") == read_csv(searched / "retrain.csv")
+    assert losses_of(folder / "retrain" / whole.name) == losses_of(whole)
+
+
+def test_a_retraining_from_other_weights_does_not_go_on(folder: Path, trainings, monkeypatch):
+    """As --exist-ok leaves it: the folder of a retraining that was stopped, of the search before."""
+    wanted = continued(config_of(folder), folder / "best.pt", 3, folder / "retrain", "7")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(1, patch)
+        trained_once(wanted, {"supernet": "before"}, False)
+    trained_once(wanted, {"supernet": "now"}, False)
+    trained_once(wanted, {"supernet": "now"}, False)
+    assert trainings == [wanted, wanted] and epochs_done(folder / "retrain" / "7" / "last.pt") == 3
+
+
+def config_of(folder: Path) -> SearchConfig:
+    return checked(SearchConfig, read_options(folder / "config.yaml", SearchConfig))
+
+
+# ---- the study
+
+
+def test_a_study_of_a_search_goes_on_where_it_was(folder: Path, tmp_path: Path, trainings, capsys):
     ask = [str(folder), "--subnets", "3", "--epochs", "1", "--seeds"]
     assert main([*ask, "1"]) == 0
     assert "One seed has no ceiling" in capsys.readouterr().out and len(trainings) == 3

@@ -52,6 +52,7 @@ from search.storage import (  # noqa: E402
     Queue,
     Tell,
     Ticket,
+    beating,
     close,
     create,
     finished,
@@ -173,7 +174,8 @@ def measured(where: str, options: argparse.Namespace) -> dict[str, Any]:
             gather(queue, {one: {} for one in new}, look, done, Limits())
             return [found[one] for one in new]
 
-        together = evolved(evaluate, options.count)
+        with beating(queue):
+            together = evolved(evaluate, options.count)
         seconds = time.perf_counter() - began
         close(queue)
         over.set()

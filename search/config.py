@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from engine.config import RunConfig
+from engine.config import RunConfig, TrainConfig
+
+# Of the options that a search shares with a training, those that are its own: a subnet has a plain YAML, which has no
+# sizes any more, other weights or none, and a folder for itself.
+SEARCHED = ("cfg", "dialect", "cfg_scale", "weights", "epochs", "name", "exist_ok")
 
 
 class SearchConfig(RunConfig):
@@ -75,3 +79,9 @@ class SearchConfig(RunConfig):
     export: Literal["off", "onnx", "openvino", "torch"] = Field(
         default="off", description="also write the best as a file that runs without this program, retrained if any is"
     )
+
+
+def training_of(config: SearchConfig, **own: Any) -> TrainConfig:
+    """The training of a subnet, with the options that its search was given but for those in `SEARCHED`; and `own`."""
+    shared = [name for name in RunConfig.model_fields if name in config.model_fields_set and name not in SEARCHED]
+    return TrainConfig(**{name: getattr(config, name) for name in shared}, **own, exist_ok=True, noplots=True)

@@ -64,6 +64,7 @@ class Trial:
     progress: bool
     queue: Queue | None = None  # None: this process judges alone, and nothing is kept
     limits: Limits = field(default_factory=Limits)
+    weight_images: str = ""  # `images_hash` of those that calibration draws from
     timed_here: bool = True  # otherwise latencies are those of another device's table
 
     @property
@@ -212,9 +213,10 @@ def judge_subnets(trial: Trial, subnets: Mapping[Architecture, float | None], fo
             gather(trial.queue, asked, evaluate, done, trial.limits)
             continue
         tickets = [Ticket(place, one, said) for place, (one, said) in enumerate(asked.items())]
-        for start in range(0, len(tickets), HANDFUL):
-            trial.limits.left(len(found.judged) + len(found.given_up))
-            evaluate(tickets[start : start + HANDFUL], lambda ticket, outcome: done(ticket.architecture, outcome))
+        while tickets:
+            count = min(HANDFUL, trial.limits.left(len(found.judged) + len(found.given_up)))
+            evaluate(tickets[:count], lambda ticket, outcome: done(ticket.architecture, outcome))
+            tickets = tickets[count:]
 
 
 def costs_of(trial: Trial, subnets: Sequence[Architecture]) -> dict[Architecture, dict[str, float]]:
@@ -330,7 +332,7 @@ def study_name(trial: Trial, folder: Path) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     how = (config.imgsz, config.batch_size, config.calibration, config.prune, config.seed, config.budget)
-    found.update(f"{trial.space.hash} {images_hash(trial.images.samples)} {how}".encode())
+    found.update(f"{trial.space.hash} {images_hash(trial.images.samples)} {trial.weight_images} {how}".encode())
     return f"{folder.resolve().name} {found.hexdigest()[:12]}"
 
 

@@ -8,9 +8,10 @@ training at a time and averaged over them, so that they compare with each other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,22 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.config import read_data_spec
 from data.structures import Fault
-from engine.config import MOVABLE, RunConfig, TrainConfig, checked, read_options
+from engine.config import MOVABLE, checked, read_options
 from engine.doors import door, option_parser, parse_options
+from engine.prepare import images_hash, read_labelled
 from engine.runs import read_csv, table, write_text
 from engine.tasks import Task
-from engine.train import train
 from models.graph import resolve
 from models.parse import dump
-from search.config import SearchConfig
+from search.config import SearchConfig, training_of
 from search.costs import CostTable, cost_tables
-from search.find import Found, Trial, judge_subnets
+from search.find import Found, Trial, judge_subnets, study_name
 from search.plots import Frame, axes, escaped, picture, spanned, words
 from search.rank import regret, spearman, tau_within
 from search.report import write_report
+from search.retrain import BEGUN, conditions, epochs_done, trained_once
 from search.space import Architecture, SearchSpace
 from search.worker import reopened
 
@@ -70,45 +73,92 @@ def study(folder: Path, subnets: int, seeds: int, epochs: int, moved: dict[str, 
     if not (folder / "last.pt").is_file() or not (folder / "config.yaml").is_file():
         raise Fault(f"{folder}: no folder of a finished search, it lacks last.pt or config.yaml")
     config = checked(SearchConfig, {**read_options(folder / "config.yaml", SearchConfig), **moved}, str(folder))
+    done = epochs_done(folder / "last.pt")
+    if done < config.epochs:
+        raise Fault(
+            f"{folder}: no folder of a finished search, {done} of its {config.epochs} epochs are done; "
+            f"python search.py --resume {folder} does the others"
+        )
     trial = reopened(folder, config.model_copy(update={"prune": 0.0}), progress)
     (out / "models").mkdir(parents=True, exist_ok=True)
+    about = conditions_of(trial, epochs)
+    for path in (*out.glob("*-*.json"), *out.glob(f"runs/*/{BEGUN}")):  # before hours are spent beside them
+        check_conditions(path, about, out)
     plan = planned(trial, out / "plan.json", subnets)
-    about = {"epochs": epochs, "space": trial.space.hash, "imgsz": config.imgsz, "batch_size": config.batch_size}
     jobs = [(seed, one) for seed in range(seeds) for one in plan]
     for seed, one in tqdm(jobs, "trainings", unit="training", disable=not progress):
         path = out / f"{one.number}-{seed}.json"
         if not path.is_file():
-            curve = trained(trial, config, one, seed, epochs, out, progress)
+            curve = trained(trial, one, seed, about, out, progress)
             write_text(path, json.dumps({**about, "curve": curve, "score": curve[-1]}) + "\n")
-    curves = [[curve_of(out / f"{one.number}-{seed}.json", about) for seed in range(seeds)] for one in plan]
+        for checkpoint in (out / "runs" / path.stem).glob("*.pt"):
+            checkpoint.unlink()  # of dozens of trainings; the curve is what is asked for
+    curves = [[curve_of(out / f"{one.number}-{seed}.json") for seed in range(seeds)] for one in plan]
     page = write_page(out, trial.task, plan, curves, epochs, config.seed)
     if (folder / "report.html").is_file():
         write_report(folder)
     return page
 
 
-def planned(trial: Trial, path: Path, count: int) -> list[Planned]:
-    """The subnets of the study, judged by the supernet: those of the file, where it is there."""
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        plan = [Planned(**one) for one in content["subnets"]]
-        if content["space"] != trial.space.hash or len(plan) != count:
+def conditions_of(trial: Trial, epochs: int) -> dict[str, Any]:
+    """What all trainings of a study have in common; a file's name says its subnet and its seed."""
+    config = trial.config
+    assert config.data is not None
+    data = read_data_spec(config.data)
+    about = conditions(training_of(config, epochs=epochs, patience=epochs))
+    del about["seed"]
+    model = hashlib.sha256(dump(trial.supernet.spec).encode()).hexdigest()[:12]
+    images = [images_hash(read_labelled(data, split).samples) for split in ("train", "val")]
+    return {**about, "space": trial.space.hash, "model": model, "images": images}
+
+
+def check_conditions(path: Path, about: Mapping[str, Any], out: Path) -> None:
+    """Raises a Fault where a training of the study in `out` was begun under other conditions than `about`."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in about.items():
+        before = content.get(name, value)  # of files that lack one, of earlier versions, it is not known
+        if before != value:
+            same = f"give the same --{name}, or " if name == "epochs" else ""
             raise Fault(
-                f"{path}: has {len(plan)} subnets of space {content['space']!r}, wanted {count} of "
-                f"{trial.space.hash!r}; --subnets {len(plan)} goes on, without the folder it begins anew"
+                f"{path}: was trained with {name} {before!r}, the others with {value!r}; {same}move {out} away to "
+                "begin anew"
             )
+
+
+def planned(trial: Trial, path: Path, count: int) -> list[Planned]:
+    """The subnets of the study, at most `count`, judged by the supernet: those of the file, where they are of it.
+
+    Once a training is begun, the subnets stay: where the supernet has other weights by now, or judges on other images,
+    it judges the same ones anew. Raises a Fault where another number of them is asked for then, or another space.
+    """
+    space, supernet = trial.space, study_name(trial, path.parent).split()[-1]
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    plan = [Planned(**one) for one in content.get("subnets", ())]
+    asked = content.get("asked", len(plan))  # more than there are, in a small space
+    trains = any(path.parent.glob("*-*.json")) or any(path.parent.glob("runs/*/last.pt"))
+    if plan and (content["space"] != space.hash or asked != count):
+        if trains:
+            raise Fault(
+                f"{path}: has {len(plan)} subnets of space {content['space']!r} for --subnets {asked}, wanted {count} "
+                f"of {space.hash!r}; --subnets {asked} goes on in that space, move {path.parent} away to begin anew"
+            )
+    elif content.get("supernet") == supernet:
         return plan
     tables = cost_tables(resolve(trial.supernet.spec), trial.config.imgsz)
-    chosen = stratified(trial.space, tables["macs"], count, np.random.default_rng((trial.config.seed, STREAM)))
+    if plan and trains:
+        chosen = {space.at(one.number): one.level for one in plan}
+    else:
+        chosen = stratified(space, tables["macs"], count, np.random.default_rng((trial.config.seed, STREAM)))
     found = Found()
     alone = replace(trial, tables=tables, budgets=(), timed_here=False)
     judge_subnets(alone, dict.fromkeys(chosen), found)
     macs, params = (tables[name].of for name in ("macs", "params"))
     plan = [
-        Planned(trial.space.index(one), level, macs(one), params(one), found.judged[one].score)
+        Planned(space.index(one), level, macs(one), params(one), found.judged[one].score)
         for one, level in chosen.items()
     ]
-    write_text(path, json.dumps({"space": trial.space.hash, "subnets": [asdict(one) for one in plan]}, indent=1) + "\n")
+    about = {"space": space.hash, "supernet": supernet, "asked": count}
+    write_text(path, json.dumps({**about, "subnets": [asdict(one) for one in plan]}, indent=1) + "\n")
     return plan
 
 
@@ -135,46 +185,20 @@ def stratified(space: SearchSpace, macs: CostTable, count: int, rng: np.random.G
     return chosen
 
 
-def trained(
-    trial: Trial, config: SearchConfig, one: Planned, seed: int, epochs: int, out: Path, progress: bool
-) -> list[float]:
+def trained(trial: Trial, one: Planned, seed: int, about: Mapping[str, Any], out: Path, progress: bool) -> list[float]:
     """The score on the validation images after every epoch of a training of its own, without the search's weights."""
-    name, project = f"{one.number}-{seed}", out / "runs"
-    model = out / "models" / f"{one.number}.yaml"
+    model, epochs = out / "models" / f"{one.number}.yaml", about["epochs"]
     write_text(model, dump(trial.supernet.spec.freeze(trial.space.at(one.number).picks)))
-    run = project / name
-    unfinished = len(read_csv(run / "results.csv")) < epochs
-    if unfinished and (run / "last.pt").is_file():
-        train(TrainConfig(resume=run, device=config.device, data=config.data, workers=config.workers), progress)
-    elif unfinished:
-        shared = {field: getattr(config, field) for field in RunConfig.model_fields if field in config.model_fields_set}
-        own: dict[str, Any] = {
-            "cfg": model,
-            "dialect": None,
-            "weights": None,
-            "epochs": epochs,
-            "seed": seed,
-            "exist_ok": True,
-        }
-        own |= {"project": project, "name": name}
-        train(TrainConfig(**shared | own, patience=epochs, noplots=True), progress)
+    own = {"cfg": model, "epochs": epochs, "patience": epochs, "project": out / "runs", "name": f"{one.number}-{seed}"}
+    config = training_of(trial.config.model_copy(update={"seed": seed}), **own)
+    run = trained_once(config, about, progress)
     column = trial.task.columns[0]
-    curve = [float(row[column]) for row in read_csv(run / "results.csv") if row.get(column)]
-    for checkpoint in run.glob("*.pt"):
-        checkpoint.unlink()  # of dozens of trainings; the curve is what is asked for
-    return curve
+    return [float(row[column]) for row in read_csv(run / "results.csv") if row.get(column)]
 
 
-def curve_of(path: Path, about: dict[str, Any]) -> list[float]:
-    """The curve in a file of this study. Raises a Fault for a training under other conditions."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in about.items():
-        if content.get(name) != value:
-            raise Fault(
-                f"{path}: was trained with {name} {content.get(name)!r}, the others with {value!r}; give the same "
-                f"--{name.replace('_', '-')}, or remove the file"
-            )
-    return [float(value) for value in content["curve"]]
+def curve_of(path: Path) -> list[float]:
+    """The curve in a file of this study."""
+    return [float(value) for value in json.loads(path.read_text(encoding="utf-8"))["curve"]]
 
 
 # ---- what it says

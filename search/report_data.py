@@ -24,7 +24,7 @@ from engine.config import RunConfig, option_name
 from engine.runs import read_csv
 from engine.tasks import DETECT, TASKS, Task, task_of
 from models.graph import Graph, load_graph
-from search.config import SearchConfig
+from search.config import SEARCHED, SearchConfig
 from search.costs import Budget, format_cost, parse_budget
 from search.front import COSTS, Judged, knee
 from search.space import Architecture
@@ -38,7 +38,7 @@ TITLES = {
 SCORES = tuple(name for task in TASKS.values() for name in (*task.columns[:2], f"{task.columns[0]}_error"))
 MEASURED = ("subnet", "front", "ties", *SCORES, "loss", *COSTS)  # the rest of front.csv are choices
 STATES = {"inherited": "inherited", "calibrated": "calibrated", "fine_tuned": "fine-tuned", "retrained": "retrained"}
-ONLY_SEARCHED = ("cfg", "dialect", "weights", "epochs", "name", "exist_ok", "resume", "device")  # not a subnet's
+ONLY_SEARCHED = (*SEARCHED, "device")  # not in the command that trains a subnet, on whatever machine
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from engine.export import ANY_SIZE, ENDINGS, check_packages, export
 from engine.latency import check_runtime
 from engine.nms import USUAL
 from engine.plan import check_single
-from engine.prepare import augmentation, describe, read_labelled
+from engine.prepare import augmentation, describe, images_hash, read_labelled
 from engine.runs import new_run, write_csv, write_text
 from engine.tasks import Task, check_options, evaluate, task_of
 from engine.unfold import with_statistics
@@ -51,7 +52,7 @@ from search.report import write_report
 from search.retrain import retrain, retrain_table, trained_on
 from search.sandwich import sizes
 from search.space import SearchSpace
-from search.storage import JOURNAL, Limits, Queue, check_address, close, create, open_storage
+from search.storage import JOURNAL, Limits, Queue, beating, check_address, close, create, open_storage
 from search.tabulate import latency_table, read_table
 from search.train import check_supernet, lengths, reopen, train_supernet, weight_batches
 from search.worker import ABOUT, help_judging
@@ -186,12 +187,13 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
     trial = Trial(
         supernet, space, tables, budgets, config, calibration, judge_images, data.names, world.device, progress
     )
-    trial = replace(trial, timed_here=not config.latency_device)
+    trial = replace(trial, timed_here=not config.latency_device, weight_images=images_hash(weight_samples))
     trial = replace(trial, queue=open_queue(trial, folder, say), limits=Limits(config.trials, config.timeout))
     known = Found()
     stopped = False
     try:
-        find(trial, known, folder)
+        with beating(trial.queue) if trial.queue else nullcontext():
+            find(trial, known, folder)
     except (KeyboardInterrupt, TimeoutError) as stop:
         if not known.judged:
             raise

@@ -5,7 +5,7 @@ workers, wherever they run (`work`). A subnet is a trial: waiting, running in on
 The parent alone adds trials, so recovery is a single sentence: what is wanted and neither waiting, running nor finished
 is added again. A trial whose process is gone has failed, and thus is neither.
 
-Whether a process is gone is told by its beats, a counter in the study that each raises every few seconds. The parent
+Whether a process is gone is told by its beats, a number in the study that each raises every few seconds. The parent
 looks whether it moves, by its own clock: no two clocks are compared. (Optuna's heartbeats know databases only.)
 """
 
@@ -302,15 +302,16 @@ def give_back(queue: Queue, trial_id: int) -> None:
 
 @contextmanager
 def beating(queue: Queue) -> Iterator[None]:
-    """Raises this process's counter as long as it lasts."""
+    """Raises this process's number as long as it lasts. It is the parent's to hold it around all that it does from
+    `create` to `close`, not around `gather` alone: workers leave a parent without beats.
+    """
     stop = threading.Event()
 
     def beat() -> None:
-        count = 0
         while True:
-            count += 1
+            now = time.monotonic_ns()  # not a count, which a second `beating` would begin anew: it seems to stand still
             with suppress(Exception):  # a storage that is away for a moment: the next beat tells as much
-                queue.storage.set_study_user_attr(queue.study, f"beat {queue.owner}", count)
+                queue.storage.set_study_user_attr(queue.study, f"beat {queue.owner}", now)
             if stop.wait(queue.beat):
                 return
 
@@ -325,7 +326,7 @@ def beating(queue: Queue) -> Iterator[None]:
 
 def gone(owner: str, beats: Mapping[str, Any], seen: dict[str, tuple[Any, float]], grace: float) -> bool:
     """Whether a process lives no more: it was of this machine and is not there, or its beats stand still for `grace`
-    seconds. `seen` is when each counter was first found at its present value, by the clock of this process.
+    seconds. `seen` is when each beat was first found at its present value, by the clock of this process.
     """
     host, number, *_ = [*owner.split(), "", ""]
     if os.name == "posix" and host == socket.gethostname() and number.isdecimal():
@@ -350,6 +351,7 @@ def gather(
 ) -> None:
     """The parent's part: until each of the `wanted` subnets is finished, here or in any worker. What it maps to goes
     along with it. ``done(subnet, outcome)`` hears of each once, in no certain order; of those finished before at once.
+    Where workers may help, it runs inside `beating`.
 
     Raises TimeoutError where a limit leaves this process none of those that are open.
     """
@@ -369,37 +371,36 @@ def gather(
 
     seen: dict[str, tuple[Any, float]] = {}
     pause = PAUSE[0]
-    with beating(queue):
-        while True:
-            trials = trials_of(queue)
-            if hear(trials):
-                pause = PAUSE[0]
-            beats = queue.storage.get_study_user_attrs(queue.study)
-            living = set()
-            for trial in trials:
-                if trial.state == TrialState.RUNNING:
-                    by = trial.user_attrs.get("by", f"trial {trial.number}")  # taken just now, or by who died at once
-                    if gone(by, beats, seen, queue.grace):
-                        number = queue.storage.get_trial_id_from_study_id_trial_number(queue.study, trial.number)
-                        give_back(queue, number)
-                        continue
-                if trial.state != TrialState.FAIL:
-                    living.add(subnet_of(queue, trial))
-            if len(heard) == len(wanted):
-                return
-            left = limits.left(own(queue, trials))
-            missing = [one for one in wanted if one not in living]
-            for one in missing:
-                post(queue, one, wanted[one])
-            tickets = take(queue, trials_of(queue) if missing else trials, left)
-            if tickets:
-                try:
-                    _evaluated(queue, tickets, evaluate)
-                finally:  # Ctrl-C in the middle of a handful: some of it is finished
-                    hear(trials_of(queue))
-            elif not missing:
-                time.sleep(pause)
-                pause = min(2 * pause, PAUSE[1])
+    while True:
+        trials = trials_of(queue)
+        if hear(trials):
+            pause = PAUSE[0]
+        beats = queue.storage.get_study_user_attrs(queue.study)
+        living = set()
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                by = trial.user_attrs.get("by", f"trial {trial.number}")  # taken just now, or by who died at once
+                if gone(by, beats, seen, queue.grace):
+                    number = queue.storage.get_trial_id_from_study_id_trial_number(queue.study, trial.number)
+                    give_back(queue, number)
+                    continue
+            if trial.state != TrialState.FAIL:
+                living.add(subnet_of(queue, trial))
+        if len(heard) == len(wanted):
+            return
+        left = limits.left(own(queue, trials))
+        missing = [one for one in wanted if one not in living]
+        for one in missing:
+            post(queue, one, wanted[one])
+        tickets = take(queue, trials_of(queue) if missing else trials, left)
+        if tickets:
+            try:
+                _evaluated(queue, tickets, evaluate)
+            finally:  # Ctrl-C in the middle of a handful: some of it is finished
+                hear(trials_of(queue))
+        elif not missing:
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSE[1])
 
 
 def work(queue: Queue, evaluate: Evaluate, limits: Limits) -> int:

@@ -16,7 +16,7 @@ from data.structures import Fault
 from engine.config import MOVABLE, checked, option_name, read_options
 from engine.doors import parse_device
 from engine.evaluate import calibration_images
-from engine.prepare import augmentation, read_labelled
+from engine.prepare import augmentation, images_hash, read_labelled
 from engine.tasks import task_of
 from models.checkpoint import load_checkpoint
 from models.supernet import Supernet
@@ -111,4 +111,5 @@ def reopened(folder: Path, config: SearchConfig, progress: bool) -> Trial:
         data.names,
         device,
         progress,
+        weight_images=images_hash(weight_samples),
     )

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from test_search import CLASSIFIER, draw_classes
 
+from data.config import read_data_spec
 from data.dataset import ImageSet
+from data.readers import read_split
 from data.structures import Sample
+from models.parse import parse
 from models.spec import Choice
-from search.find import beats, first_places, some_images
+from models.supernet import Supernet
+from search.config import SearchConfig
+from search.find import Found, Trial, beats, first_places, judge_subnets, some_images, study_name
 from search.front import Judged
 from search.optimise import fitted, importances
 from search.space import Architecture, SearchSpace
+from search.storage import Limits, Outcome
 
 SPACE = SearchSpace(tuple(Choice(f"{row}.kernel", (1, 3, 5)) for row in range(3)))
 EVERY = [SPACE.at(number) for number in range(SPACE.size)]
@@ -84,3 +93,37 @@ def test_left_out_predictions_are_those_of_fits_without_the_subnet():
         errors.append(value - np.mean(list(others.values())) - x @ effects)
     truth = 1 - np.sum(np.square(errors)) / np.sum(np.square(np.array(list(some.values())) - mean))
     assert explained == pytest.approx(truth, abs=0.05)
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Trial:
+    """A search whose supernet is as it was drawn, and which keeps nothing."""
+    data = read_data_spec(draw_classes(tmp_path))
+    (tmp_path / "search.yaml").write_text(CLASSIFIER.replace("nc: 9", "nc: 3"))
+    supernet = Supernet(parse(tmp_path / "search.yaml"), "shared")
+    images = ImageSet(read_split(data, "val").samples, 32, None, 0)
+    calibration = [torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    config = SearchConfig(imgsz=32, batch_size=2)
+    space, cpu = SearchSpace.of(supernet.spec), torch.device("cpu")
+    return Trial(supernet, space, {}, (), config, calibration, images, data.names, cpu, False, timed_here=False)
+
+
+@pytest.mark.parametrize(("limits", "handfuls"), [(Limits(trials=1), [1]), (Limits(trials=9), [8, 1])])
+def test_a_process_alone_judges_no_more_than_its_trials(trial: Trial, monkeypatch, limits: Limits, handfuls: list[int]):
+    taken = []
+
+    def looked_up(_, tickets, tell):
+        taken.append(len(tickets))
+        for ticket in tickets:
+            tell(ticket, Outcome((0.5,), {"score": 0.5, "second": None, "without": []}))
+
+    monkeypatch.setattr("search.find.evaluate_tickets", looked_up)
+    found = Found()
+    with pytest.raises(TimeoutError, match=f"--trials {limits.trials} are done"):
+        judge_subnets(replace(trial, limits=limits), {trial.space.at(n): None for n in range(12)}, found)
+    assert taken == handfuls and len(found.judged) == limits.trials
+
+
+def test_scores_with_other_calibration_images_have_another_name(trial: Trial, tmp_path: Path):
+    """A copy of the data with one more training image judges the same images, but not by the same statistics."""
+    assert study_name(replace(trial, weight_images="other"), tmp_path) != study_name(trial, tmp_path)

@@ -12,14 +12,18 @@ import pytest
 
 pytest.importorskip("optuna", reason="the extra `search` is not installed")
 
+from test_search import CLASSIFIER, draw_classes
+
 from data.structures import Fault
 from models.spec import Choice
 from search.optimise import optimise
+from search.run import main as search_main
 from search.space import SearchSpace
 from search.storage import (
     JOURNAL,
     Limits,
     Outcome,
+    beating,
     close,
     create,
     finished,
@@ -33,6 +37,7 @@ from search.storage import (
     trials_of,
     work,
 )
+from search.tree import losses
 
 SPACE = SearchSpace((Choice("0.kernel", (1, 3, (3, 5))), *(Choice(f"{row}.kernel", (1, 3, 5)) for row in (1, 2, 3))))
 RHYTHM = {"beat": 0.05, "grace": 0.6}
@@ -100,7 +105,8 @@ def test_a_killed_worker_loses_only_what_it_had(tmp_path: Path, owner: str) -> N
     def search(asked):
         return optimise(SPACE, asked, count=30, seeds=[SPACE.at(0)], violation=lambda one: 0.0, seed=3, progress=False)
 
-    together = search(evaluate)
+    with beating(queue):
+        together = search(evaluate)
     close(queue)
     helper.join(20)
     assert helper.exitcode == 0 and doomed.exitcode == -signal.SIGKILL
@@ -197,6 +203,43 @@ def test_a_beat_that_moves_is_life_whatever_the_clock() -> None:
     time.sleep(0.01)
     assert gone("elsewhere 1 x", {"beat elsewhere 1 x": 1}, seen, 0.0)
     assert not gone("elsewhere 1 x", {"beat elsewhere 1 x": 2}, seen, 0.0)
+
+
+def beat_of(queue) -> int | None:
+    return queue.storage.get_study_user_attrs(queue.study).get(f"beat {queue.owner}")
+
+
+def test_beats_that_stop_and_begin_again_never_repeat(queue) -> None:
+    told = []
+    for _ in range(4):
+        with beating(queue):
+            gather(queue, {}, looked_up, lambda one, outcome: None, Limits())
+        told.append(beat_of(queue))
+    assert told == sorted(set(told)) and len(told) == 4
+
+
+def test_the_parent_beats_from_its_first_look_at_losses_to_the_last_subnet(tmp_path: Path, monkeypatch) -> None:
+    """A worker may be there as soon as there is a study: it must not leave while the losses of all are measured."""
+    data = draw_classes(tmp_path)
+    (tmp_path / "search.yaml").write_text(CLASSIFIER)
+    queues, beats = [], []
+
+    def created(*arguments):
+        queues.append(create(*arguments, **RHYTHM))
+        return queues[0]
+
+    def measured(*arguments, **named):
+        for _ in range(2):
+            time.sleep(6 * RHYTHM["beat"])
+            beats.append(beat_of(queues[0]))
+        return losses(*arguments, **named)
+
+    monkeypatch.setattr("search.run.create", created)
+    monkeypatch.setattr("search.find.losses", measured)
+    words = ["--cfg", tmp_path / "search.yaml", "--data", data, "--imgsz", 32, "--epochs", 1, "--batch-size", 2]
+    words += ["--arch-every", 1, "--candidates", 1, "--calibration", 6, "--amp", "off", "--device", "cpu"]
+    assert search_main(list(map(str, [*words, "--project", tmp_path / "runs"]))) == 0
+    assert None not in beats and beats[0] < beats[1] < beat_of(queues[0])
 
 
 @pytest.mark.parametrize(

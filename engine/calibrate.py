@@ -21,6 +21,11 @@ def calibrate(network: nn.Module, images: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
+def in_float64(tensor: Tensor) -> Tensor:
+    """On the CPU of a Mac, whose GPU has no float64."""
+    return (tensor.cpu() if tensor.is_mps else tensor).double()
+
+
 def calibrate_by(
     module: nn.Module,
     forward: Callable[[Any], Any],
@@ -41,8 +46,8 @@ def calibrate_by(
             return
         count = inputs[0].numel() / inputs[0].shape[1]
         assert norm.running_mean is not None and norm.running_var is not None
-        mean = norm.running_mean.double()  # momentum 1: just this batch
-        square = norm.running_var.double() * ((count - 1) / count) + mean**2
+        mean = in_float64(norm.running_mean)  # momentum 1: just this batch
+        square = in_float64(norm.running_var) * ((count - 1) / count) + mean**2
         total = torch.cat((mean.new_ones(1), mean, square)) * count
         sums[norm] = sums[norm] + total if norm in sums else total
 

@@ -74,7 +74,7 @@ class RunConfig(BaseModel):
     epochs: int = Field(default=100, ge=1, description="times that every training image is seen")
     batch_size: int = Field(default=16, ge=1, description="images a step")
     imgsz: int = Field(default=640, ge=32, description="side of the square that images are letterboxed into, pixels")
-    device: str = Field(default="", description="cpu, 0 or cuda:0; empty takes the first GPU, or the CPU")
+    device: str = Field(default="", description="cpu, 0, cuda:0 or mps; empty takes the first GPU, or the CPU")
     name: str = Field(default="exp", min_length=1, description="folder of this run; exp2, exp3, ... where it exists")
     exist_ok: bool = Field(default=False, description="take the folder even where it exists")
     seed: int = Field(default=0, ge=0, description="everything that is drawn by chance comes from it")
@@ -174,7 +174,9 @@ class TrainConfig(RunConfig):
     )
     sync_bn: bool = Field(default=False, description="batch norms see the batches of all GPUs; needs several")
     patience: int | None = Field(
-        default=None, ge=0, description="epochs without a better AP before a run stops; default 100, 0 never stops"
+        default=None,
+        ge=0,
+        description="epochs without a better 0.9 AP + 0.1 AP50 (top-1, mIoU) before a run stops; default 100, 0 never",
     )
     save_period: int = Field(default=0, ge=0, description="epochs between checkpoints that are kept; 0 keeps none")
     noplots: bool = Field(default=False, description="draw no pictures into the run's folder")
@@ -339,6 +341,8 @@ def reopen(
     folder = resume if resume.is_dir() else resume.parent
     last, options = folder / "last.pt", folder / "config.yaml"
     if not last.is_file():
+        if (folder / "journal.log").is_file():
+            raise Fault(f"--resume {resume}: holds a search for hyper-parameters; --tune N --resume {resume} goes on")
         raise Fault(f"--resume {resume}: no {last}; a run that has finished an epoch has one; start it anew")
     fixed = sorted(config.model_fields_set - movable)
     if fixed:

@@ -45,13 +45,18 @@ class World:
         return str(self.device) if self.size == 1 else f"{self.device.type}, {self.size} processes"
 
 
+def several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return all(name in os.environ for name in SET_BY_TORCHRUN) and os.environ["WORLD_SIZE"] != "1"
+
+
 def start(device_text: str) -> World:
     """Joins the processes that torchrun started, or is alone without it. A second call finds the first one's group.
 
     ``device_text`` is that of `parse_device`. Of several processes each takes the GPU of its number on this machine,
     or all take the CPU. Raises a Fault for a device that is absent.
     """
-    if not all(name in os.environ for name in SET_BY_TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
+    if not several():
         return World(0, 1, parse_device(device_text))
     rank, size, local_rank, here = (int(os.environ[name]) for name in SET_BY_TORCHRUN)
     device = parse_device(device_text)

@@ -44,6 +44,9 @@ def door(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., in
             if _is_first() or torch.distributed.is_initialized():
                 print(*told(problem), sep="\n", file=sys.stderr)
             return 2
+        except torch.OutOfMemoryError:
+            print("the GPU's memory is full; a smaller --batch-size or --imgsz takes less", file=sys.stderr)
+            return 2
         except RuntimeError as problem:
             if not str(problem).startswith(DEAD_WORKER):  # or torch's own error, which may come at any moment
                 raise
@@ -90,8 +93,8 @@ def told(problem: Fault | OSError) -> list[str]:
 
 
 def _is_first() -> bool:
-    """Of the processes that torchrun started; without it there is one."""
-    return os.environ.get("RANK", "0") == "0"
+    """Of the processes that torchrun started on this machine, where it is read; without torchrun there is one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def option_parser(description: str | None) -> ArgumentParser:

@@ -106,8 +106,9 @@ def calibration_images(
     view = images.at_epoch(0)  # it shares the images in memory
     view.set_augment(augment)
     loader = batches(view, CALIBRATION_BATCH, seed=seed, shuffle=True)
-    for batch in islice(loader, math.ceil(count / CALIBRATION_BATCH)):
-        yield pixels(batch, device)
+    for number, batch in enumerate(islice(loader, math.ceil(count / CALIBRATION_BATCH))):
+        if len(batch.images) > 1 or number == 0:  # one image left over says little, and nothing of a map of one cell
+            yield pixels(batch, device)
 
 
 def to_original(found: Detections, letterbox: Letterbox) -> Detections:

@@ -417,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two metrics.json: B against A, in pairs")
     parser.add_argument("--imgsz", "--img", type=int, help="pixels; default: what the network was trained with")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="", help="cpu, 0, cuda:1; default: the first GPU, or the CPU")
+    parser.add_argument("--device", default="", help="cpu, 0, cuda:1, mps; default: the first GPU, or the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--project", default="runs/explain", help="folder of the runs")
     parser.add_argument("--name", default="exp", help="folder of this run; exp2, exp3, ... where it exists")

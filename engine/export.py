@@ -315,7 +315,7 @@ def export(
     """Write, check and time a file; yields a line for each. Raises a `Fault`, and leaves no file, where it differs."""
     task = task_of(checkpoint.spec)
     network = restore(checkpoint)
-    side = check_imgsz(imgsz or checkpoint.imgsz, network.max_stride)
+    side = check_imgsz(checkpoint.imgsz if imgsz is None else imgsz, network.max_stride)
     images = check_images(source, side, task.crops)
     asked = replace(asked, iou=iou_for(network, asked.iou))
     suppression = asked if inside else None

@@ -147,8 +147,9 @@ def _open_openvino(path: Path, device: torch.device) -> Opened:
         weights = path.with_suffix(".bin")
         raise Fault(f"{path}: not a whole OpenVINO file with its weights {weights}; export it again") from None
     about = dict(model.get_rt_info([ABOUT]).value) if model.has_rt_info([ABOUT]) else {}
-    size = model.input(0).partial_shape[2]
-    return run, about, size.get_length() if size.is_static else None
+    shape = model.input(0).partial_shape
+    size = shape[2] if shape.rank.is_static and len(shape) == 4 else None
+    return run, about, size.get_length() if size is not None and size.is_static else None
 
 
 def _openvino_model(path: Path, conf: float | None = None) -> Any:

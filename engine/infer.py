@@ -299,7 +299,7 @@ def load(
             raise Fault(f"{path}: an exported file has the precision it was written with; leave --half out")
         if file.side and imgsz not in (None, file.side):
             raise Fault(f"{path}: takes images of {file.side} px only, not {imgsz}; export it with --imgsz {imgsz}")
-        side = check_imgsz(imgsz or file.imgsz, file.max_stride)
+        side = check_imgsz(file.imgsz if imgsz is None else imgsz, file.max_stride)
         return Model(file, file.names, side, device, rect=rect and file.side is None, task=file.task)
     if path.suffix == ".pt2":
         raise Fault(f"{path}: a program of torch.export; give the checkpoint (.pt), or export it as .onnx or .xml")
@@ -307,7 +307,7 @@ def load(
         raise Fault("--half: half precision needs a GPU, and this is a CPU; leave --half out")
     checkpoint = load_checkpoint(path)
     network = restore(checkpoint)
-    side = check_imgsz(imgsz or checkpoint.imgsz, network.max_stride)
+    side = check_imgsz(checkpoint.imgsz if imgsz is None else imgsz, network.max_stride)
     fused = fuse(network).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     task = task_of(checkpoint.spec).name
     return Model(fused.half() if half else fused, checkpoint.names, side, device, half, rect, task)
@@ -426,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-det", type=int, help="detections an image at most; default 300, or an exported file's")
     parser.add_argument("--classes", nargs="+", help="only these classes, by name or number")
     parser.add_argument("--agnostic-nms", action="store_true", help="boxes of different classes may be one object")
-    parser.add_argument("--device", default="", help="cpu, 0, cuda:1; default: the first GPU, or the CPU")
+    parser.add_argument("--device", default="", help="cpu, 0, cuda:1, mps; default: the first GPU, or the CPU")
     parser.add_argument("--half", action="store_true", help="compute in float16; needs a GPU")
     parser.add_argument("--vid-stride", type=int, default=1, help="every n-th frame of a video, at 1/n of its fps")
     parser.add_argument("--view", action="store_true", help="show pictures in a window; q ends, a key shows the next")

@@ -12,7 +12,7 @@ import torch
 
 from data.dataset import ImageSet
 from data.loader import batches
-from data.structures import Batch, Targets
+from data.structures import Batch, Fault, Targets
 from engine.evaluate import pixels
 from engine.step import autocast
 from models.network import Network
@@ -85,12 +85,15 @@ def find_batch_size(network: Network, images: ImageSet, device: torch.device, am
     hardly faster: it is the smallest one with 95 % of the best images per second, within 60 % of the free memory. It
     is at most 512, and leaves 8 steps an epoch unless it is 16 or less.
     """
+    if device.type != "cuda" and not hasattr(os, "sysconf"):
+        raise Fault("--batch-size -1: this system does not say how much memory there is; give a number")
     largest = min(max(len(images) // FEWEST_STEPS, min(len(images), SMALL_BATCH)), MOST_IMAGES)
     first = next(iter(batches(images, min(MEASURED_IMAGES, largest), shuffle=True, seed=images.seed)))
     copy = deepcopy(network).train()
     free, before = free_memory(device), used_memory(device)
     speeds: dict[int, float] = {}
-    size, why = 1, f"larger ones leave fewer than {FEWEST_STEPS} steps an epoch"
+    single = any(node.output.stride >= images.imgsz for node in network.graph.nodes)  # a norm there learns from no one
+    size, why = 1 + single, f"larger ones leave fewer than {FEWEST_STEPS} steps an epoch"
     while size <= largest:
         try:
             seconds = min(timed_step(copy, repeated(first, size), device, amp) for _ in range(2))

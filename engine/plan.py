@@ -51,13 +51,14 @@ def check_rectangles(config: TrainConfig, stride: int) -> None:
         raise Fault(f"--rect: sides of rectangles are multiples of {STRIDE}, this network needs {stride}")
 
 
-def check_single(network: Network, imgsz: int, lists: Sequence[Sequence[int]]) -> None:
+def check_single(network: Network, imgsz: int, lists: Sequence[Sequence[int]], smallest: int | None = None) -> None:
     """Raises a Fault where a batch of one image would meet a norm that sees one cell of it: a single value has no
-    variance. `lists` are the images of each batch of training.
+    variance. `lists` are the images of each batch of training, `smallest` is the smallest size that they get; None:
+    all have `imgsz`.
     """
     if min(map(len, lists)) > 1:
         return
-    coarse = [network.layers[node.index] for node in network.graph.nodes if node.output.stride == imgsz]
+    coarse = [network.layers[node.index] for node in network.graph.nodes if node.output.stride >= (smallest or imgsz)]
     if any(isinstance(module, _BatchNorm) for layer in coarse for module in layer.modules()):
         images = sum(map(len, lists))
         left = (

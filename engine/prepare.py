@@ -228,7 +228,7 @@ def freeze(network: Network, rows: Sequence[str]) -> tuple[nn.Module, ...]:
     names = [layer.name for layer in network.spec.layers]
     numbers = {str(index): index for index in range(len(names))}
     if len(rows) == 1 and rows[0].isdecimal():
-        chosen = set(range(int(rows[0])))
+        chosen = set(range(min(int(rows[0]), len(names))))
         wrong = list(rows) if int(rows[0]) > len(names) else []
     else:
         known = {**numbers, **{name: index for index, name in enumerate(names) if name}}
@@ -277,9 +277,13 @@ def file_hash(path: Path | None) -> str:
 
 
 def images_hash(samples: Sequence[Sample]) -> str:
-    """A short name for exactly these images with these labels in this order, wherever they lie."""
+    """A short name for images of these names with these labels in this order, wherever they lie; of masks count the
+    classes and how many pixels each has.
+    """
     found = hashlib.sha256()
     for sample in samples:
         found.update(f"{sample.path.name} {len(sample.labels)} ".encode())
         found.update(sample.boxes.tobytes() + sample.labels.tobytes())
+        if sample.mask is not None and sample.areas is not None:
+            found.update(sample.areas.tobytes())
     return found.hexdigest()[:12]

@@ -125,9 +125,14 @@ def distance_to_teacher(mover: Mover, images: Tensor, outputs: Any) -> Tensor:
 # ---- images at many sizes
 
 
+def smallest_size(imgsz: int, stride: int) -> int:
+    """The smallest size that `drawn_size` draws."""
+    return max(1, math.ceil(SMALLEST * imgsz / stride)) * stride
+
+
 def drawn_size(imgsz: int, stride: int, seed: int, number: int) -> int:
     """The size of batch `number` of a run under ``--multi-scale``: a multiple of `stride`, `imgsz` -50 to +50 %."""
-    fewest, most = max(1, math.ceil(SMALLEST * imgsz / stride)), math.floor(LARGEST * imgsz / stride)
+    fewest, most = smallest_size(imgsz, stride) // stride, math.floor(LARGEST * imgsz / stride)
     return int(np.random.default_rng((seed, number, MULTI_SCALE)).integers(fewest, most + 1)) * stride
 
 

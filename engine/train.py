@@ -73,7 +73,7 @@ from engine.prepare import (
 )
 from engine.record import draw_beginning, draw_end, open_dashboard, write_dashboard, write_environment
 from engine.runs import append_csv, new_run, read_csv, remove_leftovers, write_csv, write_text
-from engine.step import CHECKED_STEPS, Moment, Mover, add_gradients, drawn_size, move_weights
+from engine.step import CHECKED_STEPS, Moment, Mover, add_gradients, drawn_size, move_weights, smallest_size
 from engine.tasks import Task, check_data, check_options, evaluate, task_of
 from engine.unfold import with_statistics
 from models.checkpoint import Checkpoint, aligned, load_checkpoint, save_checkpoint, warm_start
@@ -82,7 +82,8 @@ from models.parse import dump
 
 CALIBRATED_RUN = 5_000  # steps; in a shorter run the running averages of batch norm lag behind the weights
 CALIBRATION_IMAGES = 256
-PATIENCE = 100  # epochs without a better AP, where --patience names none
+PATIENCE = 100  # epochs without a better result, where --patience names none
+PICTURES = ("results.png", "labels.png", "train_batch*.jpg", "*_curve.png", "confusion_matrix.png", "worst.jpg")
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ def train(
         config, folder, resumed = reopen_training(config)
     config = agreed(config)
     world = start(config.device)
-    check_processes(config, world)
     device, progress = world.device, progress and world.is_first
     say: Callable[[str], None] = print if progress else lambda line: None
 
     with together(world):
+        check_processes(config, world)
         # The data, the network's description, the network.
         data, train_split, val_split = read_data(config)
         say(f"{config.data}: {len(train_split.samples)} images to train on, {len(val_split.samples)} to validate on")
@@ -164,7 +165,8 @@ def train(
         share = partial(
             batches, images, batch_size, seed=config.seed, shuffle=True, rank=world.rank, world_size=world.size
         )
-        check_single(network, config.imgsz, share(epoch=1).lists)
+        smallest = smallest_size(config.imgsz, network.max_stride) if config.multi_scale else config.imgsz
+        check_single(network, config.imgsz, share(epoch=1).lists, smallest)
         state = resumed.training if resumed else None
         plan = make_plan(config, len(images), batch_size, len(share(epoch=1)), state)
         say(str(plan))
@@ -432,7 +434,8 @@ def tidy(folder: Path, epoch: int) -> None:
 
 def empty(folder: Path) -> None:
     """Removes what the run before left, where --exist-ok took its folder, and this one may not write."""
-    for pattern in ("best.pt", "last.pt", "epoch*.pt", "results.csv", "environment.yaml", "events.out.tfevents.*"):
+    written = ("best.pt", "last.pt", "epoch*.pt", "results.csv", "environment.yaml", "events.out.tfevents.*")
+    for pattern in (*written, *PICTURES):
         for file in folder.glob(pattern):
             file.unlink()
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from data.config import read_data_spec
 from data.structures import Fault
 from engine.config import MOVABLE, TrainConfig, checked, option_name, read_options, save_config
+from engine.distributed import several
 from engine.prepare import read_data
 from engine.runs import atomically, new_run, table, write_csv, write_text
 from engine.tasks import DETECT, TASKS, Task, check_options
@@ -95,6 +96,8 @@ def tune(config: TrainConfig, trials: int, progress: bool = True, run: Train = t
     A trial whose loss stops being a number has failed, and the next one follows. Raises a Fault for what cannot be
     trained on at all, where every trial failed, and where Optuna is missing. `run` trains a trial, as `train` does.
     """
+    if several():
+        raise Fault("--tune: a trial is a training in one process; start it without torchrun")
     optuna = import_optuna()
     config, folder = reopen_tuning(config) if config.resume else begin(config)
     study = open_study(folder, config)
@@ -149,8 +152,6 @@ def begin(config: TrainConfig) -> tuple[TrainConfig, Path]:
     """A new folder with the config in it. The optimizer and its learning rate are settled in the config: they are to
     be the same for a longer training with the settings that are found.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise Fault("--tune: a trial is a training in one process; start it without torchrun")
     if config.batch_size == -1:
         raise Fault("--batch-size -1: every trial would find its own; give a number with --tune")
     config = check_options(task_of_data(config), agreed(config))

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--letterbox", default="centre", choices=["centre", "corner"], help="where in its square an image lies"
     )
     parser.add_argument("--half", action="store_true", help="compute in float16; needs a GPU")
-    parser.add_argument("--device", default="", help="cpu, 0, cuda:1; default: the first GPU, or the CPU")
+    parser.add_argument("--device", default="", help="cpu, 0, cuda:1, mps; default: the first GPU, or the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--save-json", action="store_true", help="predictions.json, of a detector in COCO's format")
     parser.add_argument(
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_names(options.weights, checkpoint.names, options.data, data.names)
     network = (network or restore(checkpoint)).to(device)
     network = network.half() if options.half else network
-    imgsz = check_imgsz(options.imgsz or checkpoint.imgsz, network.max_stride)
+    imgsz = check_imgsz(checkpoint.imgsz if options.imgsz is None else options.imgsz, network.max_stride)
     split = read_split(data, options.split)
     for note in split.notes:
         print(note)

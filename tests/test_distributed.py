@@ -348,9 +348,20 @@ def test_what_all_processes_find_wrong_the_first_one_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rank, told in (("0", "--epochs: input should be greater than or equal to 1, got '0'\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert training.main(["--epochs", "0"]) == 2
         assert capsys.readouterr().err == told
+
+
+def test_each_machine_tells_what_it_finds_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where something else than torchrun has numbered the machines."""
+    monkeypatch.setenv("RANK", "1")
+    for local in (None, "0"):
+        if local:
+            monkeypatch.setenv("LOCAL_RANK", local)
+        assert training.main(["--epochs", "0"]) == 2 and "--epochs" in capsys.readouterr().err
 
 
 def test_gpus_are_shared_out_one_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.structures import Fault
 from engine.config import TrainConfig, option_name, read_options, save_config, train_config
@@ -19,6 +20,9 @@ from engine.doors import door, option_parser, parse_device, parse_options
 from engine.runs import append_csv, atomically, draw_curves, new_run, read_csv, table, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+GPU_FULL = "the GPU's memory is full; a smaller --batch-size or --imgsz takes less\n"
 
 
 def raising(problem: BaseException) -> int:
@@ -35,6 +39,7 @@ def raising(problem: BaseException) -> int:
         (Fault("a.yaml:3: wrong", "a.yaml:4: wrong too"), 2, "a.yaml:3: wrong\na.yaml:4: wrong too\n"),
         (FileNotFoundError(2, "No such file or directory", "gone.yaml"), 2, "gone.yaml: No such file or directory\n"),
         (OSError("the disk sulks"), 2, "the disk sulks\n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 2, GPU_FULL),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (KeyboardInterrupt("stopped; goes on with: x"), 130, "stopped; goes on with: x\n"),
         (SystemExit(2), 2, ""),

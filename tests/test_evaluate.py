@@ -419,6 +419,7 @@ def test_label_lines_by_hand():
     "options, message",
     [
         (["--imgsz", "100"], "multiple of 32"),
+        (["--imgsz", "0"], "multiple of 32"),
         (["--conf-thres", "1.5"], "--conf-thres"),
         (["--iou-thres", "-1"], "--iou-thres"),
         (["--max-det", "0"], "--max-det"),

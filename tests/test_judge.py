@@ -347,6 +347,9 @@ def test_calibration_comes_in_batches_of_32_without_augmentation(tmp_path):
     again = list(calibration_images(images.at_epoch(5), 40, 0, "cpu"))
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
     assert images.augment is not None  # the set itself is left as it was
+    for count, sizes in ((33, [32]), (1, [1])):  # one image left over has no variance where its map has one cell
+        few = ImageSet(images.samples[:count], 32, None, seed=3)
+        assert [len(batch) for batch in calibration_images(few, 256, 0, "cpu")] == sizes
     mosaics = list(calibration_images(images, 40, 0, "cpu", images.augment))
     assert [len(batch) for batch in mosaics] == [32, 32] and not torch.equal(mosaics[0], found[0])
     again = list(calibration_images(images.at_epoch(5), 40, 0, "cpu", images.augment))

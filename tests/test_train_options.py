@@ -135,6 +135,7 @@ def test_rows_are_frozen_by_count_number_or_name(rows: tuple[str, ...], frozen: 
     ("rows", "told"),
     [
         (("9",), "--freeze 9: the model has rows 0 to 4"),
+        (("9999999999",), "--freeze 9999999999: the model has rows 0 to 4"),
         (("0", "5"), "--freeze 5: the model has rows 0 to 4"),
         (("P2",), "--freeze P2: the model has rows 0 to 4; did you mean 'p2'?"),
         (("-1", "2"), "--freeze -1: the model has rows 0 to 4"),
@@ -372,7 +373,7 @@ def test_patience_ends_a_run_at_the_right_epoch(
         judged_as(patch, iter([0.1, 0.3, 0.2, 0.2, 0.2, 0.9]))
         result = train(train_config({**options, "epochs": 9, "patience": 3}))
     told = capsys.readouterr().out
-    assert "stopped after epoch 5 of 9: no better AP for 3 epochs (--patience)" in told and "best (epoch 2)" in told
+    assert "stopped after epoch 5 of 9: no better 0.9 AP + 0.1 AP50 for 3 epochs (--patience)" in told and "best (epoch 2)" in told
     folder = result.folder
     assert len(read_csv(folder / "results.csv")) == 5 and result.metrics.ap == 0.3
     assert main(["--resume", str(folder), "--epochs", "20"]) == 2

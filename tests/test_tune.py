@@ -23,6 +23,7 @@ pytest.importorskip("optuna", reason="the extra `search` is not installed")
 from data.structures import Fault
 from engine import tune as tuning
 from engine.config import TrainConfig, read_options, train_config
+from engine.distributed import SET_BY_TORCHRUN
 from engine.metrics import NUMBERS, Metrics
 from engine.runs import read_csv
 from engine.train import TrainResult, main
@@ -325,9 +326,11 @@ def test_the_picture_shows_every_trial(tmp_path: Path) -> None:
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Fault, match="start it without torchrun"):
-        tune(config_in(tmp_path), 3, progress=False, run=stand_in)
+    for name in SET_BY_TORCHRUN:
+        monkeypatch.setenv(name, "2")
+    for config in (config_in(tmp_path), TrainConfig(resume=tmp_path)):
+        with pytest.raises(Fault, match="start it without torchrun"):
+            tune(config, 3, progress=False, run=stand_in)
 
 
 def test_without_optuna_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,12 +84,17 @@ def _half_started_threads_silent() -> Iterator[None]:
 def told(problem: Fault | OSError) -> list[str]:
     """The lines in which a Fault or an OSError is shown.
 
-    Names of files and classes are strangers' text: what would move a terminal's cursor, or begin another line, is a ?.
+    Names of files and classes are strangers' text, see `printable`.
     """
     named = isinstance(problem, OSError) and problem.filename is not None and problem.strerror
     line = f"{problem.filename}: {problem.strerror}" if named else str(problem)  # type: ignore[union-attr]
     lines = problem.lines if isinstance(problem, Fault) else (line,)
-    return ["".join(letter if letter.isprintable() else "?" for letter in line) for line in lines]
+    return [printable(line) for line in lines]
+
+
+def printable(line: str) -> str:
+    """Strangers' text as one line of letters: what would move a terminal's cursor, or is in no encoding, is a ?."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _is_first() -> bool:

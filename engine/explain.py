@@ -19,7 +19,7 @@ from data.dataset import ImageSet
 from data.loader import batches
 from data.readers import read_split
 from data.structures import Batch, Detections, Fault, Letterbox, Sample, nearest
-from engine.doors import check_names, check_thresholds, door, option_parser, parse_device, parse_options
+from engine.doors import check_names, check_thresholds, door, option_parser, parse_device, parse_options, printable
 from engine.draw import write_image
 from engine.evaluate import pixels
 from engine.explain_metrics import (
@@ -309,7 +309,7 @@ def chosen_samples(data: DataSpec, split: str, classes: Sequence[int] | None, li
     """The images of a split that show one of some classes; of more than `limit` so many, evenly taken."""
     found = read_split(data, split)
     for note in found.notes:
-        print(note)
+        print(printable(note))
     samples = [one for one in found.samples if classes is None or np.isin(one.labels, classes).any()]
     if not samples:
         raise Fault(f"{data.path}: no image of the split {split} shows one of the asked classes")
@@ -444,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.source is not None:
         files, notes = find_files(options.source)
         for note in notes:
-            print(note)
+            print(printable(note))
         moving = [file for file in files if is_video(file)]
         if moving:
             raise Fault(f"{moving[0]}: is a video; images can be explained")

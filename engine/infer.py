@@ -23,7 +23,16 @@ from data import structures
 from data.augment import fit, letterbox_of, middle, paste
 from data.structures import Fault, Letterbox, nearest
 from engine.classify import ranking
-from engine.doors import check_imgsz, check_thresholds, door, option_parser, parse_device, parse_options, told
+from engine.doors import (
+    check_imgsz,
+    check_thresholds,
+    door,
+    option_parser,
+    parse_device,
+    parse_options,
+    printable,
+    told,
+)
 from engine.draw import draw_detections, draw_label_map, draw_ranking
 from engine.evaluate import timed, to_original
 from engine.exported import ExportedFile, is_exported, read_exported
@@ -456,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     sources, notes = find_sources(options.source)
     for note in notes:
-        print(note)
+        print(printable(note))
     if not options.nosave and any(source.moves for source in sources):
         check_codec(options.fourcc)
     if options.view:
@@ -522,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         write(item, found)
                         images += 1
                         if model.task == "classify" and not item.source.moves:
-                            tqdm.write(ranking_line(item, found, model.names))
+                            tqdm.write(printable(ranking_line(item, found, model.names)))
                         for label, number in form.counted(found):
                             numbers_by_label[label].append(number)
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from data.structures import Detections, Fault, LabelMap, Ranking
 from engine.classify import ranked_rows, ranking_lines
+from engine.doors import printable
 from engine.draw import draw_detections, draw_label_map, draw_ranking, write_image
 from engine.evaluate import label_lines
 from engine.runs import atomically, table
@@ -341,7 +342,10 @@ def pairs(found: Detections | Ranking) -> list[tuple[int, float]]:
 
 def found_table(form: Form, numbers_by_label: dict[int, list[float]], names: Sequence[str]) -> str:
     """A row a class: how many of it were found, and the mean of their numbers."""
-    rows = [(names[label], len(found), sum(found) / len(found)) for label, found in sorted(numbers_by_label.items())]
+    rows = [
+        (printable(names[label]), len(found), sum(found) / len(found))
+        for label, found in sorted(numbers_by_label.items())
+    ]
     return table(rows, form.heading) if rows else "nothing found"
 
 

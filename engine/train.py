@@ -44,7 +44,7 @@ from engine.distributed import (
     surroundings,
     together,
 )
-from engine.doors import check_imgsz, check_names, door, option_parser, parse_options
+from engine.doors import check_imgsz, check_names, door, option_parser, parse_options, printable
 from engine.evaluate import calibration_images
 from engine.measure import amp_of, choose_amp, find_batch_size
 from engine.metrics import Metrics
@@ -122,7 +122,7 @@ def train(
         data, train_split, val_split = read_data(config)
         say(f"{config.data}: {len(train_split.samples)} images to train on, {len(val_split.samples)} to validate on")
         for note in (*train_split.notes, *val_split.notes):
-            say(f"note: {note}")
+            say(f"note: {printable(note)}")
         origin = load_checkpoint(config.weights) if config.weights and not resumed else None
         spec = resumed.spec if resumed else describe(config, data, origin, train_split.samples, say)
         task = task_of(spec)

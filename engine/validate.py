@@ -9,7 +9,16 @@ from typing import Any
 from data.config import read_data_spec
 from data.readers import read_split
 from data.structures import Fault
-from engine.doors import check_imgsz, check_names, check_thresholds, door, option_parser, parse_device, parse_options
+from engine.doors import (
+    check_imgsz,
+    check_names,
+    check_thresholds,
+    door,
+    option_parser,
+    parse_device,
+    parse_options,
+    printable,
+)
 from engine.evaluate import Asked
 from engine.exported import file_to_measure, is_exported
 from engine.tasks import check_data, check_given, task_of
@@ -79,6 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     imgsz = check_imgsz(checkpoint.imgsz if options.imgsz is None else options.imgsz, network.max_stride)
     split = read_split(data, options.split)
     for note in split.notes:
-        print(note)
+        print(printable(note))
     task.validate(Asked(options, network, data, split, imgsz, device))
     return 0

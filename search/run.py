@@ -21,7 +21,7 @@ from data.dataset import ImageSet
 from data.structures import Fault
 from engine import distributed
 from engine.config import add_options, checked, save_config
-from engine.doors import check_imgsz, door, option_parser, parse_options
+from engine.doors import check_imgsz, door, option_parser, parse_options, printable
 from engine.evaluate import calibration_images
 from engine.export import ANY_SIZE, ENDINGS, check_packages, export
 from engine.latency import check_runtime
@@ -109,7 +109,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
             f"and judge, {len(val_split.samples)} only report"
         )
         for note in (*train_split.notes, *val_split.notes):
-            say(f"note: {note}")
+            say(f"note: {printable(note)}")
         for part, does in ((weight_samples, "train the weights"), (judge_samples, "move alphas and judge")):
             if not any(len(sample.labels) for sample in part):
                 raise Fault(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -22,6 +23,7 @@ from data import structures
 from data.images import read_image
 from data.structures import Fault, Targets
 from engine import infer, sources
+from engine.doors import printable
 from engine.draw import class_color, draw_detections, grid, write_image
 from engine.exported import ExportedFile
 from engine.infer import Model, class_labels, load
@@ -632,3 +634,12 @@ def test_an_image_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(Fault, match=r"\.xyz"):
         write_image(tmp_path / "a.xyz", image)
     assert tree(tmp_path) == ["B.JPG", "a.png"]
+
+
+def test_file_names_of_no_encoding_and_with_escapes_are_told_in_letters(tmp_path, capsys, monkeypatch):
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "\x1b[2Jnotes.doc").write_bytes(b"no picture")
+    (tmp_path / os.fsdecode(b"caf\xe9.doc")).write_bytes(b"no picture")
+    notes = find_files(str(tmp_path))[1]
+    assert notes and all(printable(note).isprintable() for note in notes)
+    printable("".join(notes)).encode()

@@ -373,7 +373,8 @@ def test_patience_ends_a_run_at_the_right_epoch(
         judged_as(patch, iter([0.1, 0.3, 0.2, 0.2, 0.2, 0.9]))
         result = train(train_config({**options, "epochs": 9, "patience": 3}))
     told = capsys.readouterr().out
-    assert "stopped after epoch 5 of 9: no better 0.9 AP + 0.1 AP50 for 3 epochs (--patience)" in told and "best (epoch 2)" in told
+    assert "stopped after epoch 5 of 9: no better 0.9 AP + 0.1 AP50 for 3 epochs (--patience)" in told
+    assert "best (epoch 2)" in told
     folder = result.folder
     assert len(read_csv(folder / "results.csv")) == 5 and result.metrics.ap == 0.3
     assert main(["--resume", str(folder), "--epochs", "20"]) == 2

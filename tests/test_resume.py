@@ -25,7 +25,7 @@ from data.dataset import ImageSet
 from data.loader import batch_at
 from data.structures import Fault, Sample
 from engine.config import save_config, train_config
-from engine.distributed import start
+from engine.distributed import start, together
 from engine.prepare import read_labelled
 from engine.runs import read_csv
 from engine.train import reopen_training
@@ -64,11 +64,14 @@ class Task:
     config: SearchConfig
 
     def run(self, folder: Path, say: Callable[[str], None] = lambda line: None) -> Supernet:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(folder / "config.yaml", self.config)
+        world = start("cpu")
+        with together(world):
+            if world.is_first:  # which removes half-written files of others as it begins
+                folder.mkdir(parents=True, exist_ok=True)
+                save_config(folder / "config.yaml", self.config)
         budgets = [parse_budget(text) for text in self.config.budget]
         images = self.weight_images, self.judge_images
-        train_supernet(self.supernet, *images, budgets, self.tables, self.config, folder, start("cpu"), False, say)
+        train_supernet(self.supernet, *images, budgets, self.tables, self.config, folder, world, False, say)
         return self.supernet
 
 

@@ -97,6 +97,16 @@ def printable(line: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
+def import_optuna(told: str) -> Any:
+    """Optuna, which says nothing but errors. Where it is not installed, a Fault of `told` and how to install it."""
+    try:
+        import optuna
+    except ImportError:
+        raise Fault(f"{told} pip install -e '.[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line a trial
+    return optuna
+
+
 def _is_first() -> bool:
     """Of the processes that torchrun started on this machine, where it is read; without torchrun there is one."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

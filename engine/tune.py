@@ -27,6 +27,7 @@ from data.config import read_data_spec
 from data.structures import Fault
 from engine.config import MOVABLE, TrainConfig, checked, option_name, read_options, save_config
 from engine.distributed import several
+from engine.doors import import_optuna
 from engine.prepare import read_data
 from engine.runs import atomically, new_run, table, write_csv, write_text
 from engine.tasks import DETECT, TASKS, Task, check_options
@@ -98,7 +99,7 @@ def tune(config: TrainConfig, trials: int, progress: bool = True, run: Train = t
     """
     if several():
         raise Fault("--tune: a trial is a training in one process; start it without torchrun")
-    optuna = import_optuna()
+    optuna = import_optuna("--tune: needs Optuna;")
     config, folder = reopen_tuning(config) if config.resume else begin(config)
     study = open_study(folder, config)
     own, ranges = study.user_attrs["own"], [Range(*values) for values in study.user_attrs["ranges"]]
@@ -136,16 +137,6 @@ def tune(config: TrainConfig, trials: int, progress: bool = True, run: Train = t
 
 
 # ---- what the story calls, in its order
-
-
-def import_optuna() -> Any:
-    """Optuna, which says nothing but errors. Raises a Fault where it is not installed."""
-    try:
-        import optuna
-    except ImportError:
-        raise Fault("--tune: needs Optuna; pip install -e '.[search]'") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line a trial
-    return optuna
 
 
 def begin(config: TrainConfig) -> tuple[TrainConfig, Path]:

@@ -135,8 +135,8 @@ def ties(judged: Sequence[Judged], front: Sequence[bool]) -> list[tuple[int, ...
     """For each of the judged, the numbers of the cheaper points of the front that it cannot be told apart from; empty
     off the front, and where scores were not measured by groups of images.
 
-    Cheaper is a point of the front with no higher score that costs less in something: all but one of equal score and
-    costs.
+    Cheaper is a point of the front with no higher score that costs less in something; of equal score and costs, none is
+    the other's.
     This is the noise of the judging images alone. Another seed of training would also move scores, often by more, and
     no number of images shows that: of two points told apart here, the better may be the worse after retraining.
     """

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.structures import Fault
+from engine.doors import import_optuna
 from search.space import Architecture, SearchSpace
 
 POPULATION = 20  # small, so that a few hundred subnets make many generations
 CROSSOVER = 0.9  # of two parents, uniform; each choice then mutates with one over the number of choices
+NEEDED = "to search a large space Optuna is needed, not installed here:"
 FOCUS = 0.5  # part of the judging that is for the best subnet where budgets are set, the other being for the front
 SPARE = 3  # children to each one that is judged then, chosen by what their options are estimated to bring
 PATIENCE = 10  # generations, and populations' worth of proposals, without a new subnet, before a search is at its end
@@ -197,20 +198,8 @@ def importances(space: SearchSpace, scores: Mapping[Architecture, float]) -> lis
     return sorted(rows, key=lambda row: -row["importance"])
 
 
-def import_optuna() -> Any:
-    """The package. Raises a Fault where it is not installed."""
-    try:
-        import optuna
-    except ImportError:
-        raise Fault(
-            "to search a large space Optuna is needed, not installed here: pip install -e '.[search]'"
-        ) from None
-    return optuna
-
-
 def new_study(seed: int, population: int, objectives: int) -> Any:
     """An Optuna study in memory. Raises a Fault where Optuna is not installed."""
-    optuna = import_optuna()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line a trial
+    optuna = import_optuna(NEEDED)
     sampler = optuna.samplers.NSGAIISampler(population_size=population, crossover_prob=CROSSOVER, seed=seed)
     return optuna.create_study(directions=["minimize"] * objectives, sampler=sampler)

@@ -21,7 +21,7 @@ from data.dataset import ImageSet
 from data.structures import Fault
 from engine import distributed
 from engine.config import add_options, checked, save_config
-from engine.doors import check_imgsz, door, option_parser, parse_options, printable
+from engine.doors import check_imgsz, door, import_optuna, option_parser, parse_options, printable
 from engine.evaluate import calibration_images
 from engine.export import ANY_SIZE, ENDINGS, check_packages, export
 from engine.latency import check_runtime
@@ -45,7 +45,7 @@ from search.front import Judged, draw_front, front_table, on_front, write_front
 from search.judge import judging_of
 from search.latency import LatencyTable, write_table
 from search.objective import check_form
-from search.optimise import import_optuna, importances
+from search.optimise import NEEDED, importances
 from search.parts import split_train
 from search.propose import argmax
 from search.report import write_report
@@ -139,7 +139,7 @@ def search(config: SearchConfig, progress: bool = True) -> SearchResult | None:
         if space.size <= EXHAUSTIVE:
             check_together(budgets, tables, map(space.at, range(space.size)))
         elif config.candidates > EVOLUTION:
-            import_optuna()
+            import_optuna(NEEDED)
         if not config.latency_device:
             check_runtime(config.runtime, world.device)
         if config.export_blocks:

@@ -25,6 +25,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from data.structures import Fault
+from engine.doors import import_optuna
 from search.space import Architecture, SearchSpace
 
 JOURNAL = "study.journal"  # in the folder of a search
@@ -127,11 +128,7 @@ def open_storage(where: str) -> Any:
     Raises a Fault for any other address, one with a password in it, which would lie about in files and reports, a
     database that cannot be reached, and where Optuna or psycopg is not installed.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise Fault("--storage needs Optuna, not installed here: pip install -e '.[search]'") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna = import_optuna("--storage needs Optuna, not installed here:")
     if "://" not in where:
         return _open_journal(Path(where))
     check_address(where)
